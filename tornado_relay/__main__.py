@@ -1,0 +1,7 @@
+"""``python -m tornado_relay`` is the command ``sse-relay-server``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,51 @@
+"""Who may open a stream. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+# What a preflight may ask for: EventSource sends the first, clients built on fetch() send the others too.
+ALLOWED_HEADERS = "Last-Event-ID, Cache-Control, Authorization"
+ALLOWED_METHODS = "GET, HEAD, OPTIONS"
+PREFLIGHT_SECONDS = 7200  # Chromium keeps an answer no longer
+
+
+class Origins:
+    """
+    The web pages that may connect.
+
+    Args:
+        allowed: Origins such as ``https://shop.example``; with ``*`` in it, or empty, any page may, but
+            without its cookies: a browser takes no wildcard together with credentials (Fetch standard,
+            "CORS protocol and credentials").
+
+    """
+
+    def __init__(self, allowed: Collection[str]) -> None:
+        self.any = not allowed or "*" in allowed
+        self._allowed = frozenset(allowed)
+
+    def admits(self, origin: str | None) -> bool:
+        """Whether a request with this ``Origin`` header (None: without one, so from no other page) may go on."""
+        return self.any or origin is None or origin in self._allowed
+
+    def headers(self, origin: str | None) -> dict[str, str]:
+        """Return the CORS headers of the answer to a request that `admits` let in."""
+        if self.any:
+            return {"Access-Control-Allow-Origin": "*"}
+        if origin is None:
+            return {"Vary": "Origin"}
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Credentials": "true",
+            "Vary": "Origin",
+        }
+
+
+def preflight() -> dict[str, str]:
+    """Return the headers that a preflight's answer has beside those of `Origins.headers`."""
+    return {
+        "Access-Control-Allow-Methods": ALLOWED_METHODS,
+        "Access-Control-Allow-Headers": ALLOWED_HEADERS,
+        "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
+    }

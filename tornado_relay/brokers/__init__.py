@@ -1,0 +1,1 @@
+"""The brokers: each package holds the reader that a worker runs beside the publisher of ``notify()``."""

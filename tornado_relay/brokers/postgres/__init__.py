@@ -1,0 +1,1 @@
+"""PostgreSQL: LISTEN in the relay, NOTIFY in the application."""

@@ -1,0 +1,1 @@
+"""Redis: SUBSCRIBE in the relay, PUBLISH in the application."""

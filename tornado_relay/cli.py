@@ -1,0 +1,243 @@
+"""The command ``sse-relay-server``. Only this module prints or exits."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+from . import __version__, channels, embedded, events, eventsource, findings, logs, settings, sockets, systemd
+from .errors import RelayError, SettingsError
+from .publish import open_publisher
+from .settings import FIELDS, Settings
+from .supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "sse-relay-server"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    options = vars(_parser().parse_args(arguments))
+    env_file = options.pop("env_file", None)
+    flags = {field.name: _as_text(options.pop(field.name)) for field in FIELDS if field.name in options}
+
+    def load() -> Settings:
+        return settings.load(flags, env_file=env_file)
+
+    try:
+        return _run(options.pop("command", None), options, load, env_file)
+    except RelayError as exc:
+        print(f"{PROGRAM}: {exc}", file=sys.stderr)
+        return 2 if isinstance(exc, SettingsError) else 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output has gone, as in "| head"
+        sys.stdout = None
+        return 0
+
+
+def _run(command: str | None, options: dict[str, str], load: Callable[[], Settings], env_file: str | None) -> int:
+    if command == "notify":
+        return _notify(load(), options["channel"], options["event"])
+    if command == "listen":
+        return _listen(load(), options["target"])
+    if command == "check":
+        return _check(load())
+    return _serve(load, env_file)
+
+
+def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
+    current = load()
+    logs.setup(current.log_level, current.log_format)
+    for line in settings.misspelt_variables(env_file):
+        log.warning("%s", line)
+    with _embedded(current) as database_url:
+
+        def complete(loaded: Settings) -> Settings:
+            return dataclasses.replace(loaded, database_url=database_url, redis_url="") if database_url else loaded
+
+        def reload() -> Settings:
+            fresh = complete(load())
+            _require_broker(fresh)
+            logs.setup(fresh.log_level, fresh.log_format)
+            return fresh
+
+        current = complete(current)
+        _require_broker(current)
+        _warn_if_open(current)
+        _raise_descriptor_limit()
+        listeners = (
+            sockets.bind_unix(current.unix_socket, current.worker_count)
+            if current.unix_socket
+            else sockets.bind(current.host, current.port, current.worker_count)
+        )
+        notifier = systemd.Notifier(settings.systemd_variables())
+        return Supervisor(current, listeners, _run_worker, reload, notifier).run()
+
+
+def _run_worker(current: Settings, listeners: list[socket.socket], beat: Any, report: Any) -> int:
+    # Imported after the fork: the parent stays free of loops, and a reload takes up new code.
+    from . import worker  # noqa: PLC0415
+
+    return worker.run(current, listeners, beat, report)
+
+
+def _notify(current: Settings, channel: str, event: str) -> int:
+    try:
+        payload = json.loads(event)
+    except ValueError as exc:
+        raise SettingsError(f"EVENT is not JSON: {exc}; a plain text is given as '\"text\"'") from exc
+    text = events.serialize(payload if isinstance(payload, dict) else {"data": payload})
+    channels.check(channel)
+    open_publisher(*_require_broker(current)).publish(channel, text)
+    return 0
+
+
+def _listen(current: Settings, target: str) -> int:
+    url, unix_socket = target, ""
+    if not target.startswith(("http://", "https://")):
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(current.host, current.host)
+        url = f"http://{host}:{current.port}/channel={quote(channels.check(target), safe='')}"
+        unix_socket = current.unix_socket
+    print(f"listening to {url}", file=sys.stderr)
+    for received in eventsource.listen(url, unix_socket=unix_socket):
+        print(json.dumps(dataclasses.asdict(received), ensure_ascii=False), flush=True)
+    return 0
+
+
+def _check(current: Settings) -> int:
+    for line in findings.of_settings(current):
+        print(f"      {line}")
+    failed = False
+    for finding in findings.of_brokers(current):
+        failed = failed or not finding.ok
+        print(f"{'ok' if finding.ok else 'FAIL':<5} {finding.text}", flush=True)
+    return 1 if failed else 0
+
+
+@contextmanager
+def _embedded(current: Settings) -> Iterator[str | None]:
+    """Run the relay's own PostgreSQL meanwhile, if asked for, and yield its URL."""
+    if not current.embedded:
+        yield None
+        return
+    home = Path(current.embedded_dir) if current.embedded_dir else embedded.default_home()
+    cluster = embedded.Cluster(home, embedded.wheel_binaries(home))
+    if not cluster.exists:
+        print(f"Setting up a PostgreSQL in {cluster.home} (some seconds, once) ...", flush=True)
+        cluster.create()
+    ours = not cluster.running
+    if ours:
+        print(f"Starting the PostgreSQL in {cluster.home} ...", flush=True)
+        cluster.start()
+    try:
+        cluster.create_database()
+        url = cluster.url
+        print(f"\nThe data is in {cluster.home}. Give this to Django:\n\n    DATABASE_URL={url}\n", flush=True)
+        if current.debug:
+            _show_first_steps(current, url)
+        yield url
+    finally:
+        if ours:
+            cluster.stop()
+
+
+def _show_first_steps(current: Settings, url: str) -> None:
+    event = '{"event": "greeting", "data": "hello"}'
+    print(
+        f"Open this page:\n\n    http://127.0.0.1:{current.port}/?channel=demo\n\n"
+        f"and send it an event from another terminal:\n\n"
+        f"    DATABASE_URL={url} {sys.argv[0]} notify demo '{event}'\n",
+        flush=True,
+    )
+
+
+def _require_broker(current: Settings) -> tuple[str, str]:
+    broker = current.broker
+    if broker is None:
+        raise SettingsError(
+            "no broker is set. Set DATABASE_URL=postgresql://user:password@host:5432/database, or REDIS_URL=redis://host:6379/0,\n"
+            "in the environment or in .env; or try the relay with a PostgreSQL of its own: sse-relay-server --embedded"
+        )
+    return broker
+
+
+def _warn_if_open(current: Settings) -> None:
+    if current.debug:
+        return
+    log.warning("no authentication: whoever reaches this relay can listen to any channel")
+    if not current.allowed_origins:
+        log.warning("ALLOWED_ORIGINS is empty: the pages of any site may connect")
+
+
+def _raise_descriptor_limit() -> None:
+    # A stream is a descriptor; the usual soft limit of 1,024 is there for programs that use select().
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers wrong usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: {message.removeprefix('argument ')}; see {PROGRAM} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    group = shared.add_argument_group(
+        "settings", "each is a flag, an environment variable, or a line in .env, in this order"
+    )
+    group.add_argument(
+        "--env-file", metavar="PATH", help="read variables from this file, not from .env in the working directory"
+    )
+    for field in FIELDS:
+        _add_flag(group, field)
+
+    parser = _Parser(
+        prog=PROGRAM,
+        parents=[shared],
+        allow_abbrev=False,
+        description="Relay events from PostgreSQL or Redis to browsers, as Server-Sent Events. Without a command: serve.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, meaning: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, parents=[shared], allow_abbrev=False, help=meaning, description=meaning)
+
+    notify = command("notify", "send one event to a channel")
+    notify.add_argument("channel", metavar="CHANNEL")
+    notify.add_argument("event", metavar="EVENT", help='JSON: {"event": ..., "id": ..., "data": ...}, or just the data')
+    listen = command("listen", "print the events of a stream, one JSON object a line, until interrupted")
+    listen.add_argument(
+        "target", metavar="URL-or-CHANNEL", help="a stream's URL, or a channel of the relay on this machine"
+    )
+    command("check", "show the settings, send an event through each broker, and exit with 1 if anything fails")
+    return parser
+
+
+def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
+    about = field.metadata
+    default = f"; default {field.default}" if field.default not in ("", (), False) else ""
+    text = f"{about['meaning']} (variable {about['variable']}{default})".replace("%", "%%")
+    if field.type == "bool":
+        group.add_argument(about["flag"], dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        group.add_argument(about["flag"], dest=field.name, metavar="VALUE", help=text)
+
+
+def _as_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

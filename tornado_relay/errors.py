@@ -1,0 +1,45 @@
+"""Every error that this package raises on purpose.
+
+RelayError
+├── SettingsError        a setting, flag or `.env` line is wrong
+├── ChannelError         a channel name that cannot be used
+├── EventError           an event that cannot be sent as Server-Sent Events
+│   └── PayloadTooLarge  an event over the broker's limit
+└── BrokerError          PostgreSQL or Redis
+    ├── BrokerUnavailable  cannot be reached now; trying again can help
+    └── BrokerRefused      reached, but it will not have us: password, database, permission
+"""
+
+from __future__ import annotations
+
+
+class RelayError(Exception):
+    """Base of all errors of this package; its text is meant for users."""
+
+
+class SettingsError(RelayError, ValueError):
+    """A setting has a value that cannot be used; the text names it and says what would be right."""
+
+
+class ChannelError(RelayError, ValueError):
+    """A channel name is empty, too long, or holds characters that it may not."""
+
+
+class EventError(RelayError, ValueError):
+    """An event has a field that Server-Sent Events cannot carry; the text names the field."""
+
+
+class PayloadTooLarge(EventError):
+    """An event is larger than the broker takes; the text gives the limit and the size in bytes."""
+
+
+class BrokerError(RelayError):
+    """PostgreSQL or Redis did not do what was asked."""
+
+
+class BrokerUnavailable(BrokerError):
+    """The broker cannot be reached at the moment."""
+
+
+class BrokerRefused(BrokerError):
+    """The broker answered and refused: a wrong password, an unknown database, a missing permission."""

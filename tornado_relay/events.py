@@ -1,0 +1,171 @@
+"""The event codec: broker payload -> Event -> frame. No I/O.
+
+A payload on the broker is JSON text. An object that has only the keys of `KEYS`, and at least one, is
+an event; anything else is the data of a plain ``message`` event. `serialize` is the publisher's strict
+half, `parse` and `encode` are the relay's lenient half: what a publisher of another kind got wrong is
+made harmless there, never dropped.
+
+The wire format is the HTML standard's, section "Server-sent events": a field ends at CR, LF or CRLF, so
+a line break inside ``event`` or ``id`` would start a field of the sender's choice (CWE-93), and NUL in
+``id`` makes a browser ignore it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import EventError
+
+KEYS = ("event", "id", "data", "retry", "comment", "sep")
+SEPARATORS = ("\n", "\r\n", "\r")
+
+_KEY_SET = frozenset(KEYS)
+_LINE_BREAK = re.compile("\r\n|\r|\n")
+_BREAKS_A_FIELD = re.compile("[\r\n\0]")
+_DIGITS = re.compile("[0-9]{1,15}")  # re's \d would let other scripts' digits in; browsers want ASCII
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One Server-Sent Event; a field that is None is not sent."""
+
+    data: str | None = None
+    event: str | None = None
+    id: str | None = None
+    retry: int | None = None
+    """Milliseconds that the browser waits before it reconnects."""
+    comment: str | None = None
+    sep: str = "\n"
+
+
+def serialize(payload: Mapping[str, Any]) -> str:
+    """
+    Check an event as ``notify()`` takes it and return its JSON for the broker.
+
+    Args:
+        payload: ``event`` (text), ``id`` (text or whole number), ``data`` (text, or anything JSON can
+            hold), ``retry`` (milliseconds), ``comment`` (text), ``sep`` (line ending); all optional.
+
+    Raises:
+        EventError: If a field is unknown or cannot be sent exactly as given.
+
+    """
+    if not isinstance(payload, Mapping):
+        raise EventError(f"sse_payload must be a dict with keys of {', '.join(KEYS)}, not {type(payload).__name__}")
+    if unknown := [key for key in payload if key not in _KEY_SET]:
+        raise EventError(
+            f"sse_payload has the unknown key {unknown[0]!r}; known are {', '.join(KEYS)}. "
+            'To send an object of your own, put it under "data"'
+        )
+    if not payload:
+        raise EventError(f"sse_payload is empty; give at least one of {', '.join(KEYS)}")
+    for key in ("event", "id"):
+        _check_line(key, payload.get(key))
+    _check_retry(payload.get("retry"))
+    if not isinstance(payload.get("comment", ""), str | None):
+        raise EventError(f"sse_payload['comment'] must be text, not {type(payload['comment']).__name__}")
+    if payload.get("sep") not in (None, *SEPARATORS):
+        raise EventError(f"sse_payload['sep'] is {payload['sep']!r}; it must be '\\n', '\\r\\n' or '\\r'")
+    return "{" + ",".join(f'"{key}":{_to_json(key, value)}' for key, value in payload.items()) + "}"
+
+
+def parse(payload: str) -> Event:
+    """Return the event that a broker's payload stands for; never fails."""
+    try:
+        fields = json.loads(payload, parse_constant=_not_json)
+        if not isinstance(fields, dict) or not fields or not fields.keys() <= _KEY_SET:
+            return Event(data=payload)
+        sep = fields.get("sep")
+        return Event(
+            data=_text(fields["data"]) if "data" in fields else None,
+            event=_line(fields.get("event")),
+            id=_line(fields.get("id")),
+            retry=_milliseconds(fields.get("retry")),
+            comment=None if fields.get("comment") is None else _text(fields["comment"]),
+            sep=sep if sep in SEPARATORS else "\n",
+        )
+    except (ValueError, RecursionError):  # no JSON, numbers over Python's limits, or nested past its stack
+        return Event(data=payload)
+
+
+def encode(event: Event) -> bytes:
+    """
+    Return the frame of an event: the bytes that every subscriber's socket gets.
+
+    An event that has a name but no data gets an empty ``data`` field, since a browser fires nothing
+    without one.
+    """
+    sep, lines = event.sep, []
+    if event.comment is not None:
+        lines += [f": {line}" for line in _LINE_BREAK.split(event.comment)]
+    if event.id is not None:
+        lines.append(f"id: {_BREAKS_A_FIELD.sub('', event.id)}")
+    if event.event:
+        lines.append(f"event: {_BREAKS_A_FIELD.sub('', event.event)}")
+    if event.data is not None:
+        lines += [f"data: {line}" for line in _LINE_BREAK.split(event.data)]
+    elif event.event:
+        lines.append("data: ")
+    if event.retry is not None:
+        lines.append(f"retry: {event.retry}")
+    text = sep.join([*lines, "", ""])
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair from a \u escape: UTF-8 has no form for it
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def stream_reset(reason: str, channels: tuple[str, ...]) -> bytes:
+    """Return the frame that tells a stream on ``channels`` that it may have missed something."""
+    data = json.dumps({"reason": reason, "channels": channels}, ensure_ascii=False, separators=(",", ":"))
+    return encode(Event(event="stream-reset", data=data))
+
+
+def _check_line(key: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise EventError(f"sse_payload[{key!r}] must be text or a whole number, not {type(value).__name__}")
+    if isinstance(value, str) and (bad := _BREAKS_A_FIELD.search(value)):
+        raise EventError(
+            f"sse_payload[{key!r}] holds {bad[0]!r} at position {bad.start()}; CR, LF and NUL cannot be sent in it"
+        )
+
+
+def _check_retry(value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**15):
+        raise EventError(f"sse_payload['retry'] is {value!r}; it must be a whole number of milliseconds, 0 or more")
+
+
+def _to_json(key: str, value: object) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise EventError(f"sse_payload[{key!r}] holds half a surrogate pair, which UTF-8 cannot carry") from exc
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise EventError(f"sse_payload[{key!r}] cannot be written as JSON: {exc}") from exc
+    return text
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _line(value: object) -> str | None:
+    return None if value is None else _BREAKS_A_FIELD.sub("", _text(value))
+
+
+def _milliseconds(value: object) -> int | None:
+    text = value if isinstance(value, str) else _text(value)
+    return int(text) if _DIGITS.fullmatch(text) else None

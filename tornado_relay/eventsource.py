@@ -1,0 +1,153 @@
+"""A client for streams: the HTML standard's parser, and a connection that comes back by itself.
+
+It serves ``sse-relay-server listen`` and the tests; browsers have their own.
+"""
+
+from __future__ import annotations
+
+import codecs
+import http.client
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from .errors import BrokerUnavailable, RelayError
+
+
+@dataclass(frozen=True)
+class Received:
+    """One event as a page gets it: type, data, and the last event id at that time."""
+
+    event: str
+    data: str
+    id: str
+
+
+class Parser:
+    """
+    The standard's "interpreting an event stream", as plain text in and events out.
+
+    ``retry`` is the reconnection time in milliseconds, or None while the stream has not set it.
+    """
+
+    def __init__(self) -> None:
+        self.last_event_id = ""
+        self.retry: int | None = None
+        self._pending = ""
+        self._after_cr = False
+        self._at_start = True
+        self._data: list[str] = []
+        self._event = ""
+        self._id = ""
+
+    def feed(self, text: str) -> Iterator[Received]:
+        """Yield the events that ``text`` completes."""
+        if text and self._at_start:
+            self._at_start = False
+            text = text.removeprefix("\ufeff")
+        if text and self._after_cr:
+            self._after_cr = False
+            text = text.removeprefix("\n")
+        self._after_cr = self._after_cr or text.endswith("\r")
+        *lines, self._pending = (self._pending + text).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        for line in lines:
+            received = self._line(line)
+            if received is not None:
+                yield received
+
+    def _line(self, line: str) -> Received | None:
+        if not line:
+            return self._dispatch()
+        name, colon, value = line.partition(":")
+        if not name and colon:
+            return None
+        value = value.removeprefix(" ")
+        if name == "event":
+            self._event = value
+        elif name == "data":
+            self._data.append(value)
+        elif name == "id" and "\0" not in value:
+            self._id = value
+        elif name == "retry" and value.isascii() and value.isdigit():
+            self.retry = int(value)
+        return None
+
+    def _dispatch(self) -> Received | None:
+        self.last_event_id = self._id
+        data, self._data = self._data, []
+        event, self._event = self._event, ""
+        return Received(event or "message", "\n".join(data), self.last_event_id) if data else None
+
+
+class Connection:
+    """
+    One connection to a stream.
+
+    Args:
+        url: ``http://host:port/channel=NAME``.
+        unix_socket: Path of the Unix socket to use in place of the URL's host.
+        last_event_id: Where to continue, if anywhere.
+        timeout: Seconds of silence after which the connection counts as dead; None waits for ever.
+
+    Raises:
+        BrokerUnavailable: If the relay is not there, or cannot serve now.
+        RelayError: If the relay refuses the request for good.
+
+    """
+
+    def __init__(self, url: str, *, unix_socket: str = "", last_event_id: str = "", timeout: float | None = 60) -> None:
+        parts = urlsplit(url)
+        self.parser = Parser()
+        self._http = http.client.HTTPConnection(parts.hostname or "localhost", parts.port, timeout=timeout)
+        headers = {"Accept": "text/event-stream"}
+        if last_event_id:
+            headers["Last-Event-ID"] = last_event_id
+        try:
+            if unix_socket:
+                self._http.sock = socket.socket(socket.AF_UNIX)
+                self._http.sock.settimeout(timeout)
+                self._http.sock.connect(unix_socket)
+            self._http.request("GET", f"{parts.path or '/'}?{parts.query}".rstrip("?"), headers=headers)
+            self.response = self._http.getresponse()
+        except (OSError, http.client.HTTPException) as exc:
+            raise BrokerUnavailable(f"no relay at {unix_socket or parts.netloc}: {exc}") from exc
+        if self.response.status != 200:
+            told = self.response.read(1000).decode(errors="replace").strip()
+            error = BrokerUnavailable if self.response.status >= 500 else RelayError
+            raise error(f"the relay answered {self.response.status}: {told}")
+
+    def __iter__(self) -> Iterator[Received]:
+        """Yield events until the stream ends."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        try:
+            while chunk := self.response.read1(65536):
+                yield from self.parser.feed(decoder.decode(chunk))
+        except (OSError, http.client.HTTPException):
+            return
+
+    def close(self) -> None:
+        """End the stream from this side."""
+        self._http.close()
+
+
+def listen(url: str, *, unix_socket: str = "") -> Iterator[Received]:
+    """
+    Yield the events of a stream, reconnecting as a browser does, for ever.
+
+    Raises:
+        RelayError: If the relay refuses the request for good.
+
+    """
+    last_event_id, retry = "", 3000
+    while True:
+        try:
+            connection = Connection(url, unix_socket=unix_socket, last_event_id=last_event_id)
+            for received in connection:
+                last_event_id = received.id
+                yield received
+            retry = connection.parser.retry or retry
+        except BrokerUnavailable:
+            pass
+        time.sleep(retry / 1000)

@@ -1,0 +1,143 @@
+"""``notify()``: from the application to every page on a channel.
+
+Loads a driver at the first call only, and never Tornado.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from . import channels, events, settings
+from .errors import SettingsError
+
+
+class Publisher(Protocol):
+    """A broker as ``notify()`` uses it."""
+
+    def publish(self, channel: str, payload: str) -> None:
+        """Send one event; see the brokers' publishers for what they raise."""
+
+    def close(self) -> None:
+        """End the connection; the next `publish` opens another."""
+
+
+_publishers: dict[tuple[str, str], Publisher] = {}
+_lock = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _lock  # noqa: PLW0603  (another thread of the parent may hold it for ever)
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
+def notify(channel: str, sse_payload: Mapping[str, Any], *, using: str | None = None) -> None:
+    """
+    Send an event to every page that is on ``channel``.
+
+    With PostgreSQL inside Django it runs on Django's own connection: the event of a transaction that is
+    rolled back is never seen, that of one that commits always is. With Redis inside Django it is sent
+    when the transaction has committed. Outside Django it is sent at once, on a connection that the
+    process keeps. Threads and forked processes may call it.
+
+    The broker is what `REDIS_URL`, `DATABASE_URL` and `RELAY_USE_PG` say, in the environment or in the
+    working directory's ``.env``; where they say nothing, Django's database.
+
+    Args:
+        channel: 1 to 200 characters without control characters; case matters.
+        sse_payload: ``event`` (text), ``id`` (text or whole number), ``data`` (text, or anything JSON
+            can hold, which the page gets as JSON), ``retry`` (milliseconds), ``comment`` (text), ``sep``
+            (line ending); at least one.
+        using: Django's alias of the database, or of the transaction that Redis waits for; by default
+            ``default``.
+
+    Raises:
+        ChannelError: If ``channel`` cannot be one.
+        EventError: If a field cannot be sent exactly as given; `PayloadTooLarge` if PostgreSQL's 7,999
+            bytes are not enough for the event.
+        SettingsError: If it is not clear where to send to.
+        BrokerError: If the broker cannot be reached or refuses. On Django's own connection errors are
+            Django's (`django.db.Error`), so that ``atomic()`` sees them.
+
+    """
+    channels.check(channel)
+    payload = events.serialize(sse_payload)
+    broker = settings.current_broker()
+    connection = _django_connection(using)
+    if connection is None:
+        if broker is None:
+            raise SettingsError("notify() has no broker; set REDIS_URL, or DATABASE_URL (postgresql://...)")
+        _publisher(*broker).publish(channel, payload)
+    elif connection.vendor == "postgresql" and (broker is None or broker[0] == "postgres"):
+        from .brokers.postgres import publisher  # noqa: PLC0415
+
+        with connection.cursor() as cursor:
+            publisher.execute(cursor, channel, payload)
+    elif broker is None:
+        raise SettingsError(
+            f"notify() has no broker: Django's database {connection.alias!r} is {connection.vendor}, not PostgreSQL; "
+            "set REDIS_URL, or DATABASE_URL (postgresql://...)"
+        )
+    else:
+        if broker[0] == "postgres":
+            _check_size(channel, payload)
+        from django.db import transaction  # noqa: PLC0415
+
+        transaction.on_commit(lambda: _publisher(*broker).publish(channel, payload), using=connection.alias)
+
+
+def _publisher(kind: str, url: str) -> Publisher:
+    with _lock:
+        publisher = _publishers.get((kind, url))
+        if publisher is None:
+            publisher = _publishers[kind, url] = open_publisher(kind, url)
+        return publisher
+
+
+def open_publisher(kind: str, url: str) -> Publisher:
+    """
+    Return a publisher of its own for the broker at ``url``; ``kind`` is ``postgres`` or ``redis``.
+
+    Raises:
+        SettingsError: If the broker's driver is not installed.
+
+    """
+    try:
+        if kind == "redis":
+            from .brokers.redis.publisher import RedisPublisher  # noqa: PLC0415
+
+            return RedisPublisher(url)
+        from .brokers.postgres.publisher import PostgresPublisher  # noqa: PLC0415
+
+        return PostgresPublisher(url)
+    except ModuleNotFoundError as exc:
+        raise SettingsError(f"{exc.name} is not installed; install sse-relay-server[{kind}]") from exc
+
+
+def _check_size(channel: str, payload: str) -> None:
+    """Raise what the publisher would, now and not after the commit."""
+    from .brokers.postgres import envelope  # noqa: PLC0415
+
+    envelope.wrap(channel, payload)
+
+
+def _django_connection(using: str | None) -> Any:
+    """Return Django's connection that ``notify()`` is to follow, or None outside Django."""
+    conf = sys.modules.get("django.conf")
+    if conf is None or not conf.settings.configured:
+        if using is not None:
+            raise SettingsError(f"using={using!r} names a database of Django, but Django is not set up in this process")
+        return None
+    from django.db import connections  # noqa: PLC0415
+
+    if using is None and "ENGINE" not in conf.settings.DATABASES.get("default", {}):
+        return None
+    if using is not None and using not in connections:
+        raise SettingsError(f"using={using!r} is not in DATABASES; known are {', '.join(connections)}")
+    return connections[using or "default"]

@@ -1,0 +1,335 @@
+"""The settings, and all that is known about each: variable, flag, default, meaning.
+
+Defaults < ``.env`` < environment < flags. This module alone reads the environment. An empty value is
+none: ``DATABASE_URL=`` in the environment hides the one in ``.env``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .errors import SettingsError
+
+TRACE = 5
+LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "t": True, "y": True}
+_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False, "f": False, "n": False}
+
+COMING = (
+    "RELAY_ADMIN_HOST",
+    "RELAY_ADMIN_PORT",
+    "RELAY_HISTORY",
+    "RELAY_HISTORY_SECONDS",
+    "RELAY_JWT_SECRET",
+    "RELAY_JWT_PUBLIC_KEY",
+    "RELAY_AUTH_URL",
+    "RELAY_PUBLISH_TOKEN",
+    "RELAY_MAX_CONNECTIONS",
+    "RELAY_MAX_CONNECTIONS_PER_IP",
+    "RELAY_COMPRESSION",
+    "RELAY_TRUSTED_PROXIES",
+)
+"""Settings of a later version. Ignoring one could leave open what its user believes closed, so it is refused."""
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _boolean(value: str) -> bool:
+    if value.lower() not in _BOOLEANS:
+        raise ValueError("is not a boolean; use true or false (1/0, yes/no, on/off)")
+    return _BOOLEANS[value.lower()]
+
+
+def _number(low: int, high: int, unit: str) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,12}", value) or not low <= int(value) <= high:
+            raise ValueError(f"is not {unit}; give a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not low <= float(value) <= high:
+            raise ValueError(f"is not a number of seconds from {low:g} to {high:g}")
+        return float(value)
+
+    return parse
+
+
+def _port(value: str) -> int:
+    try:
+        return _number(0, 65535, "a port")(value)
+    except ValueError:
+        hint = " (docker publishes a port with: docker run -p 8001:8001)" if ":" in value else ""
+        raise ValueError(f"is not a port; give one number from 1 to 65535, such as 8001{hint}") from None
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        for choice in choices:
+            if value.lower() == choice.lower():
+                return choice
+        raise ValueError(f"is not one of {', '.join(choices)}")
+
+    return parse
+
+
+def _origins(value: str) -> tuple[str, ...]:
+    origins = tuple(origin.strip() for origin in value.split(",") if origin.strip())
+    for origin in origins:
+        parts = urlsplit(origin)
+        if origin != "*" and (not parts.scheme or not parts.netloc or parts.path.strip("/") or parts.query):
+            raise ValueError(
+                f"holds {origin!r}, which is not an origin; give scheme, host and port of the pages, "
+                "comma-separated, such as https://shop.example,http://localhost:8000"
+            )
+    return tuple(origin.rstrip("/") for origin in origins)
+
+
+def _setting(variable: str, default: Any, parse: Callable[[str], Any], meaning: str, **more: Any) -> Any:
+    flag = "--" + variable.removeprefix("RELAY_").removeprefix("SERVER_").removeprefix("HTTP_").lower().replace(
+        "_", "-"
+    )
+    metadata = {"variable": variable, "flag": flag, "parse": parse, "meaning": meaning, **more}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a relay. Each field's metadata holds its variable, flag, parser and meaning."""
+
+    host: str = _setting("RELAY_HTTP_HOST", "0.0.0.0", _text, "address to listen on")
+    port: int = _setting("RELAY_HTTP_PORT", 8001, _port, "TCP port to listen on; 0 takes a free one")
+    unix_socket: str = _setting(
+        "RELAY_UNIX_SOCKET", "", _text, "path of a Unix socket to listen on, in place of host and port"
+    )
+    workers: int = _setting(
+        "RELAY_WORKERS", 0, _number(0, 1024, "a number of workers"), "worker processes; 0 is one per core"
+    )
+    redis_url: str = _setting(
+        "REDIS_URL", "", _text, "Redis, such as redis://localhost:6379/0; wins over DATABASE_URL", secret=True
+    )
+    database_url: str = _setting(
+        "DATABASE_URL", "", _text, "PostgreSQL, such as postgresql://user:password@localhost:5432/database", secret=True
+    )
+    listen_database_url: str = _setting(
+        "RELAY_LISTEN_DATABASE_URL",
+        "",
+        _text,
+        "PostgreSQL for the relay alone, where DATABASE_URL is a pooler",
+        secret=True,
+    )
+    use_pg: bool = _setting("RELAY_USE_PG", False, _boolean, "use PostgreSQL although REDIS_URL is set")
+    embedded: bool = _setting(
+        "RELAY_EMBEDDED", False, _boolean, "run a PostgreSQL of the relay's own; needs the extra 'embedded'"
+    )
+    embedded_dir: str = _setting("RELAY_EMBEDDED_DIR", "", _text, "folder for the data of that PostgreSQL")
+    allowed_origins: tuple[str, ...] = _setting(
+        "ALLOWED_ORIGINS",
+        (),
+        _origins,
+        "comma-separated origins of the pages that may connect; empty is any, without cookies",
+    )
+    heartbeat: float = _setting(
+        "RELAY_HEARTBEAT", 15.0, _seconds(1, 3600), "seconds between the comments that keep an idle stream open"
+    )
+    client_buffer: int = _setting(
+        "RELAY_CLIENT_BUFFER",
+        1_048_576,
+        _number(4096, 2**30, "a number of bytes"),
+        "bytes that may wait for a slow reader before it is cut",
+    )
+    max_stream_seconds: float = _setting(
+        "RELAY_MAX_STREAM_SECONDS",
+        0.0,
+        _seconds(0, 10**9),
+        "a stream ends at 80 to 100 percent of this and comes back; 0 is never",
+    )
+    drain_seconds: float = _setting(
+        "RELAY_DRAIN_SECONDS", 5.0, _seconds(0, 3600), "seconds over which a stopping worker closes its streams"
+    )
+    debug: bool = _setting(
+        "RELAY_SERVER_DEBUG", False, _boolean, "show the inspector page at / and no warnings about open access"
+    )
+    log_level: str = _setting("LOG_LEVEL", "INFO", _choice(*LEVELS), " | ".join(LEVELS))
+    log_format: str = _setting("LOG_FORMAT", "text", _choice("text", "json"), "text | json")
+
+    @property
+    def broker(self) -> tuple[str, str] | None:
+        """
+        ``("redis", URL)`` or ``("postgres", URL)``, or None where neither is set.
+
+        Raises:
+            SettingsError: If the URL that counts is of another kind.
+
+        """
+        if self.redis_url and not self.use_pg:
+            return "redis", _checked_url(
+                "REDIS_URL", self.redis_url, ("redis", "rediss", "unix"), "redis://localhost:6379/0"
+            )
+        if self.database_url:
+            return "postgres", _checked_url(
+                "DATABASE_URL",
+                self.database_url,
+                ("postgresql", "postgres", "postgis"),
+                "postgresql://user:password@localhost:5432/database",
+            )
+        if self.use_pg and self.redis_url:
+            raise SettingsError(
+                "RELAY_USE_PG is true, but DATABASE_URL is not set; give it, or leave RELAY_USE_PG out to use REDIS_URL"
+            )
+        return None
+
+    @property
+    def listen_url(self) -> str:
+        """The PostgreSQL URL that a worker's LISTEN connection uses."""
+        return self.listen_database_url or self.database_url
+
+    @property
+    def worker_count(self) -> int:
+        """How many workers to run: as set, or one per core that this process may use."""
+        return self.workers or cores()
+
+
+FIELDS: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(Settings)
+
+
+def load(
+    flags: Mapping[str, str] | None = None,
+    *,
+    env_file: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
+) -> Settings:
+    """
+    Return the settings of this process.
+
+    Args:
+        flags: Values from the command line, by field name.
+        env_file: Path of the ``.env`` file, which must exist then; by default the one in the working
+            directory, if there is any.
+        environ: Stands in for the process's environment.
+        only: Fields to read; the others keep their defaults.
+
+    Raises:
+        SettingsError: If a value is wrong; the text names its flag or variable and what would be right.
+
+    """
+    environ = os.environ if environ is None else environ
+    file = read_env_file(env_file)
+    values: dict[str, Any] = {}
+    for field in FIELDS:
+        if only is not None and field.name not in only:
+            continue
+        variable, flag = field.metadata["variable"], field.metadata["flag"]
+        if flags and field.name in flags:
+            source, raw = flag, flags[field.name]
+        elif variable in environ:
+            source, raw = variable, environ[variable]
+        else:
+            source, raw = f"{variable} in {env_file or '.env'}", file.get(variable) or ""
+        raw = raw.strip()
+        if not raw:
+            if source == flag:
+                raise SettingsError(f"{flag} is empty; give a value or leave it out")
+            continue
+        try:
+            values[field.name] = field.metadata["parse"](raw)
+        except ValueError as exc:
+            raise SettingsError(f"{source}: {raw!r} {exc}") from exc
+    if only is None:
+        _refuse_coming({**file, **environ})
+    return Settings(**values)
+
+
+def current_broker() -> tuple[str, str] | None:
+    """
+    Return `Settings.broker` of this process as it is now, for ``notify()``; ``.env`` is read once.
+
+    Raises:
+        SettingsError: If one of its variables is wrong.
+
+    """
+    key = tuple(os.environ.get(variable) for variable in ("REDIS_URL", "DATABASE_URL", "RELAY_USE_PG"))
+    if key not in _brokers:
+        _brokers[key] = load(only=("redis_url", "database_url", "use_pg")).broker
+    return _brokers[key]
+
+
+_brokers: dict[tuple[str | None, ...], tuple[str, str] | None] = {}
+
+
+def read_env_file(path: str | None) -> dict[str, str | None]:
+    """
+    Return the variables of the ``.env`` file at ``path``, or of the one in the working directory.
+
+    Raises:
+        SettingsError: If ``path`` is given and there is no such file, or if it cannot be read.
+
+    """
+    from dotenv import dotenv_values  # noqa: PLC0415  (notify() pays for it at its first call only)
+
+    file = Path(path or ".env")
+    try:
+        if not file.is_file():
+            if path:
+                raise SettingsError(f"--env-file: there is no file {path!r}")
+            return {}
+        return dotenv_values(file, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"{file} cannot be read: {exc}") from exc
+
+
+def misspelt_variables(env_file: str | None) -> list[str]:
+    """Return a line for each variable that looks like a setting of ours and is none."""
+    known = [field.metadata["variable"] for field in FIELDS] + list(COMING)
+    lines = []
+    for name in sorted({*os.environ, *read_env_file(env_file)}):
+        if name.startswith("RELAY_") and name not in known:
+            close = difflib.get_close_matches(name, known, 1, 0.8)
+            lines += [f"{name} is not a setting; did you mean {close[0]}?"] if close else []
+    return lines
+
+
+def systemd_variables() -> dict[str, str]:
+    """Return what systemd tells a service in its environment."""
+    return {name: os.environ[name] for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID") if name in os.environ}
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use, by affinity and by its cgroup's CPU quota."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(count, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
+        return count
+
+
+def _checked_url(variable: str, url: str, schemes: tuple[str, ...], example: str) -> str:
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in schemes:
+        found = f"starts with {scheme}://" if separator else "has no ://"  # more could show a password
+        raise SettingsError(f"{variable} must start with {schemes[0]}://, such as {example}; it {found}")
+    return url
+
+
+def _refuse_coming(values: Mapping[str, str | None]) -> None:
+    for variable in COMING:
+        value = values.get(variable) or ""
+        if value.strip() and _BOOLEANS.get(value.strip().lower(), True):
+            raise SettingsError(f"{variable} is set, but this version does not have it yet; leave it out")

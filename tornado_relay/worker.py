@@ -1,0 +1,177 @@
+"""A worker process: one loop, one broker connection, and the streams of one listening socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any, cast
+
+from tornado.httpserver import HTTPServer
+from tornado.ioloop import IOLoop, PeriodicCallback
+
+from .errors import BrokerRefused, SettingsError
+from .handlers import RETRY, Relay
+from .hub import Hub
+from .settings import Settings
+from .subscriber import Subscriber
+
+log = logging.getLogger(__name__)
+
+# Exit statuses that the supervisor tells apart.
+STOPPED, FAILED, CANNOT_START = 0, 1, 3
+
+TICK = 1.0
+REQUEST_SECONDS = 30.0
+"""How long a client may take to send its request, and how long a connection may be kept between two."""
+MAX_HEADER = 16_384
+MAX_BODY = 1_048_576
+_DRAIN_STEP = 0.02
+
+
+def run(
+    settings: Settings, sockets: list[socket.socket], beat: Callable[[], None], report: Callable[[str], None]
+) -> int:
+    """
+    Serve until SIGTERM, or SIGINT for at once, and return the exit status.
+
+    Args:
+        settings: What to serve.
+        sockets: The bound sockets to accept on.
+        beat: Called by the loop every second: the proof that it turns.
+        report: Called with an empty text once connections are accepted, or else with the reason why not.
+
+    """
+    return asyncio.run(Worker(settings, sockets, beat, report).main())
+
+
+class Worker:
+    """What one process holds, from its start to its drain."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        sockets: list[socket.socket],
+        beat: Callable[[], None],
+        report: Callable[[str], None],
+    ) -> None:
+        self.settings = settings
+        self.sockets = sockets
+        self.beat = beat
+        self.report = report
+        self.hub = Hub()
+        self._parent = os.getppid()
+        # Set when the worker is to end; `_hurry` when it is to end without spreading.
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._ticks_to_heartbeat = 0
+
+    async def main(self) -> int:
+        """Start, serve, drain; return the exit status."""
+        self.loop = IOLoop.current()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._stop_now)
+        # A terminal that goes away sends it to the whole group; for the supervisor it means to reload.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+        try:
+            self.reader = _open_reader(self.settings, self.hub)
+        except SettingsError as exc:
+            self.report(str(exc))
+            return CANNOT_START
+        self.relay = Relay(self.settings, self.hub, self.reader)
+        first: asyncio.Future[BrokerRefused | None] = asyncio.get_running_loop().create_future()
+        reading = asyncio.create_task(self.reader.run(first.set_result))
+        stopping = asyncio.create_task(self._stop.wait())
+        ticker = PeriodicCallback(self._tick, TICK * 1000)
+        ticker.start()
+        await asyncio.wait({first, reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if first.done() and (refused := first.result()):
+            self.report(str(refused))
+            return CANNOT_START
+
+        self.server = HTTPServer(
+            self.relay.application(),
+            idle_connection_timeout=REQUEST_SECONDS,
+            body_timeout=REQUEST_SECONDS,
+            max_header_size=MAX_HEADER,
+            max_body_size=MAX_BODY,
+            max_buffer_size=2 * MAX_BODY,
+        )
+        self.server.add_sockets(self.sockets)
+        self.report("")
+        await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if reading.done():
+            log.critical("the reader of %s ended by itself: a bug", self.reader.name, exc_info=reading.exception())
+            return FAILED
+        await self._drain()
+        ticker.stop()
+        reading.cancel()
+        await asyncio.wait({reading}, timeout=1)
+        return STOPPED
+
+    def _stop_now(self) -> None:
+        self._hurry.set()
+        self._stop.set()
+
+    def _tick(self) -> None:
+        self.beat()
+        if os.getppid() != self._parent and not self._stop.is_set():
+            log.warning("the supervisor is gone, this worker ends too")
+            self._stop.set()
+        self.reader.sweep()
+        if self.settings.max_stream_seconds:
+            now = self.loop.time()
+            for subscriber in self._subscribers():
+                if subscriber.ends_at is not None and now >= subscriber.ends_at:
+                    subscriber.end("its time was up", random.randint(*RETRY))
+        self._ticks_to_heartbeat -= 1
+        if self._ticks_to_heartbeat < 0:
+            self._ticks_to_heartbeat = round(self.settings.heartbeat / TICK) - 1
+            self.hub.broadcast(b":\n\n")
+
+    async def _drain(self) -> None:
+        """Accept nothing more, and close the streams one by one over ``drain_seconds``."""
+        self.relay.draining = True
+        self.server.stop()
+        subscribers = self._subscribers()
+        random.shuffle(subscribers)
+        log.info("closing %d streams over %.1f s", len(subscribers), self.settings.drain_seconds)
+        begin = self.loop.time()
+        for number, subscriber in enumerate(subscribers):
+            due = begin + self.settings.drain_seconds * number / len(subscribers)
+            while not self._hurry.is_set() and due - self.loop.time() > _DRAIN_STEP:
+                try:
+                    await asyncio.wait_for(self._hurry.wait(), due - self.loop.time())
+                except asyncio.TimeoutError:
+                    pass
+            subscriber.end("the worker is stopping", random.randint(*RETRY))
+        await asyncio.sleep(0)  # the streams' close callbacks
+
+    def _subscribers(self) -> list[Subscriber]:
+        return cast("list[Subscriber]", list(self.hub))
+
+
+def _open_reader(settings: Settings, hub: Hub) -> Any:
+    """Return the reader of the broker that ``settings`` name; nothing is connected yet."""
+    if settings.broker is None:
+        raise SettingsError("no broker is set")
+    kind, url = settings.broker
+
+    def on_gap() -> None:
+        hub.reset("broker-reconnect")
+
+    try:
+        if kind == "redis":
+            from .brokers.redis.reader import RedisReader  # noqa: PLC0415
+
+            return RedisReader(url, hub.deliver, on_gap)
+        from .brokers.postgres.reader import PostgresReader  # noqa: PLC0415
+
+        return PostgresReader(settings.listen_url, hub.deliver, on_gap)
+    except ModuleNotFoundError as exc:
+        raise SettingsError(f"{exc.name} is not installed; install sse-relay-server[{kind}]") from exc
