@@ -64,7 +64,7 @@ def bind_unix(path: str, count: int) -> list[list[socket.socket]]:
             Path(path).unlink()  # left behind by a relay that was killed
         listener.bind(path)
         # The web server in front is another user; the folder decides who comes near.
-        Path(path).chmod(0o666)  # noqa: S103
+        Path(path).chmod(0o666)
         listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError as exc:

