@@ -92,10 +92,9 @@ def _alive(connection: Any) -> bool:
         return False
     poller = select.poll()
     poller.register(connection.fileno(), select.POLLIN)
-    if not poller.poll(0):
-        return True
     try:
-        connection.poll()
+        while poller.poll(0):  # first the reason, then the end of file
+            connection.poll()
     except psycopg2.Error:
         return False
-    return not connection.closed
+    return True

@@ -1,0 +1,137 @@
+"""notify() inside a real Django project: each driver of PostgreSQL, Redis, transactions."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from relay import Relay, environment
+
+
+@pytest.fixture
+def project(tmp_path, postgres_server):
+    """Run code in a Django project of its own process, on the test's PostgreSQL."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(postgres_server.url)
+    databases = {
+        "default": {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": parts.path[1:],
+            "USER": parts.username,
+            "PASSWORD": parts.password,
+            "HOST": parts.hostname,
+            "PORT": parts.port,
+        },
+        "files": {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "db.sqlite3")},
+    }
+
+    def run(code, driver="psycopg2", database="default", **env):
+        chosen = {**databases, "default": databases[database]}
+        # Django prefers psycopg; where it is not importable, psycopg2 is used.
+        hide = "sys.modules['psycopg'] = None" if driver == "psycopg2" else ""
+        program = f"import sys\n{hide}\nimport django\nfrom django.conf import settings\n"
+        program += f"settings.configure(DATABASES={chosen!r})\ndjango.setup()\n"
+        program += "from django.db import connection, transaction\nfrom tornado_relay import notify\nimport tornado_relay\n"
+        program += textwrap.dedent(code)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment(**env), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+ROLL_BACK_THEN_COMMIT = """
+    try:
+        with transaction.atomic():
+            notify("{channel}", {{"data": "rolled back"}})
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    with transaction.atomic():
+        notify("{channel}", {{"event": "paid", "id": 5, "data": {{"it's": "\\u00e9"}}}})
+        try:
+            with transaction.atomic():
+                notify("{channel}", {{"data": "rolled back to the savepoint"}})
+                raise RuntimeError
+        except RuntimeError:
+            pass
+    notify("{channel}", {{"data": "autocommit"}})
+"""
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_event_lives_and_dies_with_djangos_transaction_on_postgres(project, postgres_server, tmp_path, pages, channel, driver):
+    """Rolled back: never seen. Committed: always. With either driver, and with no setting at all."""
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        project(ROLL_BACK_THEN_COMMIT.format(channel=channel), driver=driver)
+        pages.until(lambda: "autocommit" in page.data, "the last event")
+    assert [(event.event, event.data) for event in page.events] == [("paid", '{"it\'s":"é"}'), ("message", "autocommit")]
+
+
+@pytest.mark.parametrize("database", ["default", "files"])
+def test_event_waits_for_djangos_commit_on_redis(project, redis_server, tmp_path, pages, channel, database):
+    """Whatever Django's own database is."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        project(ROLL_BACK_THEN_COMMIT.format(channel=channel), database=database, **redis_server.environment)
+        pages.until(lambda: "autocommit" in page.data, "the last event")
+    assert [event.event for event in page.events] == ["paid", "message"]
+
+
+def test_django_on_another_database_uses_database_url_after_the_commit(project, postgres_server, tmp_path, pages, channel):
+    """Django on SQLite, the relay on PostgreSQL: still nothing of a transaction that is rolled back."""
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        project(ROLL_BACK_THEN_COMMIT.format(channel=channel), database="files", **postgres_server.environment)
+        pages.until(lambda: "autocommit" in page.data, "the last event")
+    assert [event.event for event in page.events] == ["paid", "message"]
+
+
+def test_using_names_the_alias(project, postgres_server, tmp_path, pages, channel):
+    """An alias that is no database of the project is named; one that is, is used."""
+    out = project(
+        """
+        for using in ("missing", "files"):
+            try:
+                notify("c", {"data": "x"}, using=using)
+            except tornado_relay.SettingsError as exc:
+                print(exc)
+        """
+    )
+    missing, files = out.splitlines()
+    assert "'missing' is not in DATABASES; known are default, files" in missing
+    assert "'files' is sqlite" in files
+
+
+def test_payload_over_the_limit_leaves_djangos_transaction_usable(project, postgres_server, tmp_path, pages, channel):
+    """The size is checked before anything is executed."""
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        project(f"""
+            with transaction.atomic():
+                try:
+                    notify("{channel}", {{"data": "x" * 9000}})
+                except tornado_relay.PayloadTooLarge:
+                    notify("{channel}", {{"data": "too large"}})
+            """)
+        pages.until(lambda: page.events, "the event")
+    assert page.data == ["too large"]
+
+
+def test_safe_snippet_of_the_readme_works(project, postgres_server, tmp_path, pages, channel):
+    """SELECT pg_notify(%s, %s) by hand, for those who do not install the package."""
+    from relay import ROOT
+
+    snippets = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (snippet,) = [text.partition("```")[0] for text in snippets if "pg_notify(%s, %s)" in text]
+    payload = {"event": "NEW_NOTIFICATION", "id": 1, "data": json.dumps({"message": "it's new"})}
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        project(f"{snippet}\nnotify({channel!r}, {payload!r})\n")
+        pages.until(lambda: page.events, "the event")
+    assert json.loads(page.data[0]) == {"message": "it's new"}
