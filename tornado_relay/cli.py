@@ -191,6 +191,14 @@ def _raise_descriptor_limit() -> None:
 class _Parser(argparse.ArgumentParser):
     """Answers wrong usage in one line."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Look at the flags first: argparse would take the value of a misspelt one for a command."""
+        args = sys.argv[1:] if args is None else args
+        known = {"--", *self._option_string_actions}
+        if unknown := [text for text in args if text.startswith("--") and text.partition("=")[0] not in known]:
+            self.error(f"there is no flag {unknown[0]}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{PROGRAM}: {message.removeprefix('argument ')}; see {PROGRAM} --help\n")
 

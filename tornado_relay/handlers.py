@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from tornado.httputil import HTTPServerRequest
 from tornado.ioloop import IOLoop
+from tornado.iostream import StreamClosedError
 from tornado.web import Application, HTTPError, RequestHandler
 
 from . import __version__, access, channels
@@ -59,8 +60,16 @@ class Relay:
         origin = None if self.origins.any else origin
         head = self._heads.get(origin)
         if head is None:
-            lines = ["HTTP/1.1 200 OK", *(f"{name}: {value}" for name, value in _stream_headers(self.origins, origin))]
-            head = self._heads[origin] = "\r\n".join([*lines, "Connection: close"]).encode("latin-1")
+            headers = {
+                "Server": f"sse-relay-server/{__version__}",
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-store, no-transform",
+                "X-Accel-Buffering": "no",
+                "Connection": "close",
+                **self.origins.headers(origin),
+            }
+            lines = ["HTTP/1.1 200 OK", *(f"{name}: {value}" for name, value in headers.items())]
+            head = self._heads[origin] = "\r\n".join(lines).encode("latin-1")
         return b"%b\r\nDate: %b\r\n\r\n" % (head, email.utils.formatdate(usegmt=True).encode())
 
     def application(self) -> Application:
@@ -173,7 +182,7 @@ class StreamHandler(RelayHandler):
         relay, loop = self.relay, IOLoop.current()
         wanted = self._channels(path_channel)
         if relay.draining or relay.reader.trouble:
-            self._refuse_softly(relay.reader.trouble or "the worker is draining")
+            await self._refuse_softly(relay.reader.trouble or "the worker is draining")
             return
         lifetime = relay.settings.max_stream_seconds
         subscriber = Subscriber(
@@ -186,12 +195,12 @@ class StreamHandler(RelayHandler):
         try:
             await relay.reader.subscribe(subscriber.audible)
         except BrokerUnavailable as exc:
-            self._refuse_softly(str(exc))
+            await self._refuse_softly(str(exc))
             return
         if self.gone or relay.draining:
             relay.reader.release(subscriber.audible)
             if not self.gone:
-                self._refuse_softly("the worker is draining")
+                await self._refuse_softly("the worker is draining")
             return
         relay.hub.add(subscriber)
         head = relay.head(self.origin) + b": sse-relay-server\nretry: %d\n\n" % random.randint(*RETRY)
@@ -201,11 +210,9 @@ class StreamHandler(RelayHandler):
     async def head(self, path_channel: str | None = None) -> None:
         self._channels(path_channel)
         if trouble := self.relay.reader.trouble:
-            self._refuse_softly(trouble)
+            await self._refuse_softly(trouble)
             return
-        stream = self.detach()
-        await stream.write(self.relay.head(self.origin))
-        stream.close()
+        await self._answer_and_close(self.relay.head(self.origin))
 
     def options(self, path_channel: str | None = None) -> None:
         for name, value in access.preflight().items():
@@ -230,15 +237,22 @@ class StreamHandler(RelayHandler):
         except ChannelError as exc:
             raise HTTPError(400, log_message=str(exc)) from exc
 
-    def _refuse_softly(self, why: str) -> None:
+    async def _answer_and_close(self, data: bytes) -> None:
+        stream = self.detach()
+        try:
+            await stream.write(data)
+        except StreamClosedError:
+            pass  # the client did not wait
+        stream.close()
+
+    async def _refuse_softly(self, why: str) -> None:
         # EventSource gives up for good on any status but 200 (HTML standard, "fail the connection"),
         # so it is told to come back by a stream that ends at once.
         log.debug("stream refused: %s", why)
         retry = random.randint(*RETRY)
         if "text/event-stream" in self.request.headers.get("Accept", ""):
-            for name, value in _stream_headers(self.relay.origins, self.origin):
-                self.set_header(name, value)
-            self.finish(f": not now\nretry: {retry}\n\n")
+            body = b": not now\nretry: %d\n\n" % retry if self.request.method == "GET" else b""
+            await self._answer_and_close(self.relay.head(self.origin) + body)
         else:
             self.set_status(503)
             self.set_header("Retry-After", str(-(-retry // 1000)))
@@ -249,16 +263,6 @@ class StreamHandler(RelayHandler):
             self.relay.reader.release(subscriber.audible)
             seconds = IOLoop.current().time() - subscriber.opened_at
             log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, subscriber.reason)
-
-
-def _stream_headers(origins: access.Origins, origin: str | None) -> list[tuple[str, str]]:
-    return [
-        ("Server", f"sse-relay-server/{__version__}"),
-        ("Content-Type", "text/event-stream"),
-        ("Cache-Control", "no-store, no-transform"),
-        ("X-Accel-Buffering", "no"),
-        *origins.headers(origin).items(),
-    ]
 
 
 def _log_nothing(handler: HTTPServerRequest | RequestHandler) -> None:

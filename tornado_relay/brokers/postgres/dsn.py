@@ -63,12 +63,16 @@ def shown(url: str) -> str:
 
 def _options(url: str) -> dict[str, Any]:
     try:
-        return parse_dsn(_SCHEME.sub("postgresql://", url))
-    except psycopg2.Error:  # its text may hold a piece of the password
+        options = parse_dsn(_SCHEME.sub("postgresql://", url))
+    except psycopg2.Error:
+        options = {"port": "unreadable"}
+    # Where a password holds a "/" or ":", libpq takes a piece of it for the port, and would show it.
+    if not all(port.isdigit() for port in str(options.get("port", 0)).split(",")):
         raise SettingsError(
             "the PostgreSQL URL cannot be read; give postgresql://user:password@host:5432/database, "
             "with special characters of the password percent-encoded"
-        ) from None
+        )
+    return options
 
 
 def _address(host: str) -> str:

