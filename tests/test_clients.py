@@ -1,0 +1,186 @@
+"""Streams read by clients that no one here wrote: httpx-sse, npm's eventsource, Chromium's EventSource."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import threading
+
+import httpx
+import pytest
+from httpx_sse import connect_sse
+from programs import program
+from relay import Relay
+from servers import until
+
+EVENTS = [
+    {"event": "NEW_NOTIFICATION", "id": 1, "data": {"message": "A new notification"}},
+    {"data": "two\nlines, it's 🎉 \"quoted\""},
+    {"event": "NEW_NOTIFICATION", "id": "ü-2", "data": " blanks stay "},
+    {"data": "\u2028 and \x0b end no line"},
+]
+RECEIVED = [
+    ["NEW_NOTIFICATION", '{"message":"A new notification"}', "1"],
+    ["message", "two\nlines, it's 🎉 \"quoted\"", "1"],
+    ["NEW_NOTIFICATION", " blanks stay ", "ü-2"],
+    ["message", "\u2028 and \x0b end no line", "ü-2"],
+]
+
+
+def publish(broker, channel):
+    from tornado_relay.events import serialize
+    from tornado_relay.publish import open_publisher
+
+    publisher = open_publisher(broker.kind, broker.url)
+    for event in EVENTS:
+        publisher.publish(channel, serialize(event))
+    publisher.close()
+
+
+def test_httpx_sse(relay, broker, channel):
+    """Python's httpx-sse."""
+    with httpx.Client() as client, connect_sse(client, "GET", f"{relay.url}/channel={channel}") as source:
+        publish(broker, channel)
+        # httpx-sse makes an event of the opening retry field, where the standard fires none.
+        events = (event for event in source.iter_sse() if event.data)
+        got = [next(events) for _ in EVENTS]
+    assert [[event.event, event.data, event.id] for event in got] == RECEIVED
+
+
+def test_npm_eventsource(relay, broker, channel, tmp_path):
+    """Node's eventsource package, which also reconnects as the standard says."""
+    node, npm = program("node"), program("npm")
+    subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180)
+    (tmp_path / "client.mjs").write_text(
+        """
+        import { EventSource } from 'eventsource'
+        const source = new EventSource(process.argv[2])
+        const show = e => console.log(JSON.stringify([e.type, e.data, e.lastEventId]))
+        source.onopen = () => console.log('"open"')
+        source.onmessage = show
+        source.addEventListener('NEW_NOTIFICATION', show)
+        """
+    )
+    client = subprocess.Popen([node, "client.mjs", f"{relay.url}/channel={channel}"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert json.loads(client.stdout.readline()) == "open"
+        publish(broker, channel)
+        # The package leaves lastEventId of an event without an id of its own empty, where the standard keeps the last.
+        own_ids = [[*received[:2], str(event.get("id", ""))] for event, received in zip(EVENTS, RECEIVED, strict=True)]
+        assert [json.loads(client.stdout.readline()) for _ in EVENTS] == own_ids
+        for worker in relay.workers():
+            os.kill(worker, signal.SIGKILL)
+        assert json.loads(client.stdout.readline()) == "open"
+    finally:
+        client.kill()
+        client.communicate()
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><script>
+  const source = new EventSource(decodeURIComponent(location.hash.slice(1)), { withCredentials: true })
+  let queue = Promise.resolve()
+  const report = what => { queue = queue.then(() => fetch('/report', { method: 'POST', body: JSON.stringify(what) })) }
+  const show = e => report([e.type, e.data, e.lastEventId])
+  source.onopen = () => report('open')
+  source.onerror = () => report(source.readyState === EventSource.CLOSED ? 'closed for good' : 'reconnecting')
+  source.onmessage = show
+  for (const type of ['NEW_NOTIFICATION', 'stream-reset']) source.addEventListener(type, show)
+</script>"""
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """The application's site: serves the page and takes its reports."""
+
+    def do_GET(self):  # noqa: N802
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(PAGE.encode())
+
+    def do_POST(self):  # noqa: N802
+        self.server.reports.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.reports = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Open a page in a headless Chromium that ends with the test."""
+    started = []
+
+    def browse(url):
+        command = [program("chromium", "chromium-browser", "google-chrome"), "--headless", "--no-sandbox", "--disable-gpu"]
+        command += ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+        command += ["--disable-sync", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/profile", "--remote-debugging-port=0", url]
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        )
+
+    yield browse
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_chromium(broker, channel, tmp_path, site, browse):
+    """A page of another origin, with credentials: events, a killed worker, and the events after it."""
+    origin = f"http://127.0.0.1:{site.server_port}"
+    with Relay(tmp_path, "--workers", "2", "--allowed-origins", origin, **broker.environment) as relay:
+        browse(f"{origin}/#{relay.url}/channel={channel}")
+        until(lambda: site.reports, "the page is connected", seconds=40)
+        assert site.reports == ["open"]
+        publish(broker, channel)
+        until(lambda: len(site.reports) == 1 + len(EVENTS), "all events")
+        assert site.reports[1:] == RECEIVED
+        for worker in relay.workers():
+            os.kill(worker, signal.SIGKILL)
+        until(lambda: site.reports[-2:] == ["reconnecting", "open"], "the page is back")
+        broker.publish(channel, "again")
+        until(lambda: site.reports[-1][1] == "again", "the next event")
+
+
+def test_chromium_page_of_another_origin_is_refused_for_good(redis_server, channel, tmp_path, site, browse):
+    """It sees no event, and does not come back."""
+    with Relay(tmp_path, "--workers", "1", "--allowed-origins", "https://shop.example", **redis_server.environment) as relay:
+        browse(f"http://127.0.0.1:{site.server_port}/#{relay.url}/channel={channel}")
+        until(lambda: site.reports, "the page is refused", seconds=40)
+        assert site.reports == ["closed for good"]
+        assert "stream opened" not in relay.log
+
+
+def test_chromium_outlives_a_broker_that_is_away(home, channel, tmp_path, site, browse):
+    """A page that connects while the broker is down keeps trying, which it would not after a 503."""
+    from servers import RedisServer
+
+    folder = home / f"away-{channel}"
+    folder.mkdir()
+    server = RedisServer(folder)
+    server.stop()
+    origin = f"http://127.0.0.1:{site.server_port}"
+    with Relay(tmp_path, "--workers", "1", "--allowed-origins", origin, **server.environment) as relay:
+        browse(f"{origin}/#{relay.url}/channel={channel}")
+        until(lambda: "reconnecting" in site.reports, "the page tries again", seconds=40)
+        server.start()
+        try:
+            until(lambda: f"stream opened: 127.0.0.1 on {channel}" in relay.log, "the page has its stream", seconds=30)
+            server.publish(channel, "hello")
+            until(lambda: ["message", "hello", ""] in site.reports, "the event")
+            assert "closed for good" not in site.reports
+        finally:
+            server.stop()
