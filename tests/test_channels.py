@@ -22,7 +22,9 @@ def test_other_names_are_refused_by_what_is_wrong(name, said):
         check(name)
 
 
-@pytest.mark.parametrize(("name", "folded"), [("Orders", "orders"), ("orders", None), ("ÄRGER-X", "Ärger-x"), ("日本", None)])
+@pytest.mark.parametrize(
+    ("name", "folded"), [("Orders", "orders"), ("orders", None), ("ÄRGER-X", "Ärger-x"), ("日本", None)]
+)
 def test_twin_is_what_postgres_folds_to(name, folded):
     """Only ASCII letters fold, as in a UTF-8 database."""
     assert twin(name) == folded

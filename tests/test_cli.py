@@ -160,7 +160,10 @@ def test_notify_refuses_what_cannot_be_sent(redis_server, tmp_path, channel, eve
 
 def test_notify_says_when_the_broker_is_not_there(tmp_path):
     """Status 1, one line."""
-    for env in ({"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}, {"DATABASE_URL": f"postgresql://u:secret@127.0.0.1:{free_port()}/d"}):
+    for env in (
+        {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"},
+        {"DATABASE_URL": f"postgresql://u:secret@127.0.0.1:{free_port()}/d"},
+    ):
         done = run("notify", "c", '"x"', cwd=tmp_path, **env)
         assert done.returncode == 1
         assert "cannot be reached" in done.stderr
@@ -177,12 +180,18 @@ class TestCheck:
         assert done.returncode == 0, done.stdout
         found = [line for line in done.stdout.splitlines() if line.startswith("ok")]
         assert re.search(r"Redis \(used\): 127.0.0.1:\d+/0, version .*: an event took [\d.]+ ms", found[0])
-        assert re.search(r"PostgreSQL \(set, not used\): relay@127.0.0.1:\d+/relay, version .*: an event took", found[1])
+        assert re.search(
+            r"PostgreSQL \(set, not used\): relay@127.0.0.1:\d+/relay, version .*: an event took", found[1]
+        )
 
     def test_settings_are_shown_without_passwords(self, postgres_server, tmp_path):
         """Also one in the query string."""
         done = run(
-            "check", cwd=tmp_path, DATABASE_URL=postgres_server.url, REDIS_URL="redis://127.0.0.1:1/0?password=hush", RELAY_USE_PG="yes"
+            "check",
+            cwd=tmp_path,
+            DATABASE_URL=postgres_server.url,
+            REDIS_URL="redis://127.0.0.1:1/0?password=hush",
+            RELAY_USE_PG="yes",
         )
         password = re.search(":([^:@]+)@", postgres_server.url)[1]
         assert password not in done.stdout + done.stderr
@@ -234,7 +243,13 @@ def test_descriptor_limit_is_raised_to_the_hard_one(redis_server, tmp_path):
 def test_output_that_nobody_reads_ends_quietly(tmp_path):
     """sse-relay-server check | head -1."""
     done = subprocess.run(
-        f"{COMMAND} check | head -1", shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        f"{COMMAND} check | head -1",
+        shell=True,
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""

@@ -16,13 +16,13 @@ from servers import until
 
 EVENTS = [
     {"event": "NEW_NOTIFICATION", "id": 1, "data": {"message": "A new notification"}},
-    {"data": "two\nlines, it's 🎉 \"quoted\""},
+    {"data": 'two\nlines, it\'s 🎉 "quoted"'},
     {"event": "NEW_NOTIFICATION", "id": "ü-2", "data": " blanks stay "},
     {"data": "\u2028 and \x0b end no line"},
 ]
 RECEIVED = [
     ["NEW_NOTIFICATION", '{"message":"A new notification"}', "1"],
-    ["message", "two\nlines, it's 🎉 \"quoted\"", "1"],
+    ["message", 'two\nlines, it\'s 🎉 "quoted"', "1"],
     ["NEW_NOTIFICATION", " blanks stay ", "ü-2"],
     ["message", "\u2028 and \x0b end no line", "ü-2"],
 ]
@@ -51,7 +51,9 @@ def test_httpx_sse(relay, broker, channel):
 def test_npm_eventsource(relay, broker, channel, tmp_path):
     """Node's eventsource package, which also reconnects as the standard says."""
     node, npm = program("node"), program("npm")
-    subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180)
+    subprocess.run(
+        [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180
+    )
     (tmp_path / "client.mjs").write_text(
         """
         import { EventSource } from 'eventsource'
@@ -62,7 +64,9 @@ def test_npm_eventsource(relay, broker, channel, tmp_path):
         source.addEventListener('NEW_NOTIFICATION', show)
         """
     )
-    client = subprocess.Popen([node, "client.mjs", f"{relay.url}/channel={channel}"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    client = subprocess.Popen(
+        [node, "client.mjs", f"{relay.url}/channel={channel}"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert json.loads(client.stdout.readline()) == "open"
         publish(broker, channel)
@@ -92,13 +96,13 @@ PAGE = """<!doctype html><meta charset="utf-8"><script>
 class Site(http.server.BaseHTTPRequestHandler):
     """The application's site: serves the page and takes its reports."""
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
         self.wfile.write(PAGE.encode())
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         self.server.reports.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
@@ -125,9 +129,20 @@ def browse(tmp_path):
     started = []
 
     def browse(url):
-        command = [program("chromium", "chromium-browser", "google-chrome"), "--headless", "--no-sandbox", "--disable-gpu"]
+        command = [
+            program("chromium", "chromium-browser", "google-chrome"),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+        ]
         command += ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-        command += ["--disable-sync", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/profile", "--remote-debugging-port=0", url]
+        command += [
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={tmp_path}/profile",
+            "--remote-debugging-port=0",
+            url,
+        ]
         started.append(
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         )
@@ -157,7 +172,9 @@ def test_chromium(broker, channel, tmp_path, site, browse):
 
 def test_chromium_page_of_another_origin_is_refused_for_good(redis_server, channel, tmp_path, site, browse):
     """It sees no event, and does not come back."""
-    with Relay(tmp_path, "--workers", "1", "--allowed-origins", "https://shop.example", **redis_server.environment) as relay:
+    with Relay(
+        tmp_path, "--workers", "1", "--allowed-origins", "https://shop.example", **redis_server.environment
+    ) as relay:
         browse(f"http://127.0.0.1:{site.server_port}/#{relay.url}/channel={channel}")
         until(lambda: site.reports, "the page is refused", seconds=40)
         assert site.reports == ["closed for good"]

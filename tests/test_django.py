@@ -33,10 +33,17 @@ def project(tmp_path, postgres_server):
         hide = "sys.modules['psycopg'] = None" if driver == "psycopg2" else ""
         program = f"import sys\n{hide}\nimport django\nfrom django.conf import settings\n"
         program += f"settings.configure(DATABASES={chosen!r})\ndjango.setup()\n"
-        program += "from django.db import connection, transaction\nfrom tornado_relay import notify\nimport tornado_relay\n"
+        program += (
+            "from django.db import connection, transaction\nfrom tornado_relay import notify\nimport tornado_relay\n"
+        )
         program += textwrap.dedent(code)
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path, env=environment(**env), capture_output=True, text=True, check=False
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=environment(**env),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -64,13 +71,18 @@ ROLL_BACK_THEN_COMMIT = """
 
 
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
-def test_event_lives_and_dies_with_djangos_transaction_on_postgres(project, postgres_server, tmp_path, pages, channel, driver):
+def test_event_lives_and_dies_with_djangos_transaction_on_postgres(
+    project, postgres_server, tmp_path, pages, channel, driver
+):
     """Rolled back: never seen. Committed: always. With either driver, and with no setting at all."""
     with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         project(ROLL_BACK_THEN_COMMIT.format(channel=channel), driver=driver)
         pages.until(lambda: "autocommit" in page.data, "the last event")
-    assert [(event.event, event.data) for event in page.events] == [("paid", '{"it\'s":"é"}'), ("message", "autocommit")]
+    assert [(event.event, event.data) for event in page.events] == [
+        ("paid", '{"it\'s":"é"}'),
+        ("message", "autocommit"),
+    ]
 
 
 @pytest.mark.parametrize("database", ["default", "files"])
@@ -83,7 +95,9 @@ def test_event_waits_for_djangos_commit_on_redis(project, redis_server, tmp_path
     assert [event.event for event in page.events] == ["paid", "message"]
 
 
-def test_django_on_another_database_uses_database_url_after_the_commit(project, postgres_server, tmp_path, pages, channel):
+def test_django_on_another_database_uses_database_url_after_the_commit(
+    project, postgres_server, tmp_path, pages, channel
+):
     """Django on SQLite, the relay on PostgreSQL: still nothing of a transaction that is rolled back."""
     with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])

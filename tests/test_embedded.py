@@ -29,7 +29,7 @@ def test_embedded_relay_works_and_keeps_its_data_and_url(folder, tmp_path, pages
             assert str(folder) in relay.log
             (page,) = pages.open(relay.port, ["/channel=demo"])
             assert run("notify", "demo", '{"data":"hello"}', cwd=tmp_path, DATABASE_URL=url).returncode == 0
-            pages.until(lambda: page.events, "the event")  # noqa: B023
+            pages.until(lambda: page.events, "the event")
             assert page.data == ["hello"]
             postmaster = int((folder / "data/postmaster.pid").read_text().split()[0])
         until(lambda: not Path(f"/proc/{postmaster}").exists(), "the server has ended")

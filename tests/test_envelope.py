@@ -10,7 +10,10 @@ from tornado_relay.brokers.postgres.envelope import MAX_PAYLOAD_BYTES, SHARED_CH
 names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=200) | st.just(SHARED_CHANNEL)
 
 
-@given(names, st.dictionaries(st.sampled_from(["data", "id"]), st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
+@given(
+    names,
+    st.dictionaries(st.sampled_from(["data", "id"]), st.text(st.characters(exclude_categories=["Cs"])), min_size=1),
+)
 def test_every_channel_and_event_comes_back(channel, event):
     """What is wrapped fits PostgreSQL's channel limit, and is unwrapped to the same channel and event."""
     target, payload = wrap(channel, json.dumps(event))
@@ -32,7 +35,9 @@ def test_shared_channel_cannot_be_listened_to_by_its_name():
     assert unwrap(target, payload)[0] == SHARED_CHANNEL
 
 
-@pytest.mark.parametrize("payload", ["x", "[]", "{}", '{"channel":5,"payload":{}}', '{"channel":"short","payload":{}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "payload", ["x", "[]", "{}", '{"channel":5,"payload":{}}', '{"channel":"short","payload":{}}', "[" * 100_000]
+)
 def test_what_is_no_envelope_is_dropped(payload):
     """By hand anything can arrive on the shared channel; nothing of it passes as another channel's event."""
     assert unwrap(SHARED_CHANNEL, payload) is None

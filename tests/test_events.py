@@ -38,7 +38,16 @@ def test_text_of_every_field_comes_out_of_a_standard_parser(data, event, id, sep
     assert received == Received(event or "message", lf(data), id)
 
 
-@given(st.builds(Event, data=texts | st.none(), event=texts | st.none(), id=texts | st.none(), comment=texts | st.none(), sep=separators))
+@given(
+    st.builds(
+        Event,
+        data=texts | st.none(),
+        event=texts | st.none(),
+        id=texts | st.none(),
+        comment=texts | st.none(),
+        sep=separators,
+    )
+)
 def test_no_text_makes_a_second_field_or_a_second_event(event):
     """Line breaks and NUL in any field, wherever they come from, end up in that field or nowhere."""
     received, parser = read(encode(Event(data="before")), encode(event), encode(Event(data="after")))
@@ -74,7 +83,9 @@ def test_any_payload_becomes_one_frame(payload):
         assert received[0].event == "message"
 
 
-@pytest.mark.parametrize("payload", ["hello", '"quoted"', "[1,2]", "42", "null", "{}", '{"message":"x"}', '{"data":1,"x":2}', ""])
+@pytest.mark.parametrize(
+    "payload", ["hello", '"quoted"', "[1,2]", "42", "null", "{}", '{"message":"x"}', '{"data":1,"x":2}', ""]
+)
 def test_payload_of_another_shape_is_the_data_of_a_message(payload):
     """Plain text, other JSON, and objects with keys of their own arrive word for word."""
     assert parse(payload) == Event(data=payload)
@@ -84,7 +95,10 @@ def test_payload_of_another_shape_is_the_data_of_a_message(payload):
     ("payload", "event"),
     [
         ('{"data":"x"}', Event(data="x")),
-        ('{"event":"e","id":1,"data":{"a":1},"retry":5,"comment":"c","sep":"\\r\\n"}', Event('{"a":1}', "e", "1", 5, "c", "\r\n")),
+        (
+            '{"event":"e","id":1,"data":{"a":1},"retry":5,"comment":"c","sep":"\\r\\n"}',
+            Event('{"a":1}', "e", "1", 5, "c", "\r\n"),
+        ),
         ('{"data":null}', Event(data="null")),
         ('{"event":null,"id":null,"retry":null,"comment":null,"sep":null,"data":"x"}', Event(data="x")),
         ('{"data":"x","retry":"250"}', Event(data="x", retry=250)),
@@ -108,7 +122,9 @@ def test_event_without_data_still_fires():
 
 def test_id_retry_and_comment_alone_fire_nothing():
     """They set the page's position and waiting time, and are no events."""
-    received, parser = read(*(encode(parse(payload)) for payload in ('{"id":"9"}', '{"retry":70}', '{"comment":"a\\nb"}')))
+    received, parser = read(
+        *(encode(parse(payload)) for payload in ('{"id":"9"}', '{"retry":70}', '{"comment":"a\\nb"}'))
+    )
     assert (received, parser.last_event_id, parser.retry) == ([], "9", 70)
 
 

@@ -145,7 +145,9 @@ async def test_page_of_another_origin_gets_403(fetch, path, origin, relay):
 @pytest.mark.gen_test
 async def test_preflight_of_an_allowed_page(fetch):
     """It may send Last-Event-ID and credentials."""
-    answer = await fetch("/channel=x", method="OPTIONS", headers={"Origin": ORIGIN, "Access-Control-Request-Method": "GET"})
+    answer = await fetch(
+        "/channel=x", method="OPTIONS", headers={"Origin": ORIGIN, "Access-Control-Request-Method": "GET"}
+    )
     assert answer.code == 204
     assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
     assert answer.headers["Access-Control-Allow-Credentials"] == "true"

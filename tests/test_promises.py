@@ -46,7 +46,7 @@ def test_event_published_as_the_headers_arrive_is_delivered(broker, tmp_path, pa
         for number in range(2000):
             (page,) = pages.open(relay.port, [f"/channel=instant-{number}"])
             publisher.publish(f"instant-{number}", '{"data":"now"}')
-            pages.until(lambda: page.events, f"event {number}")  # noqa: B023
+            pages.until(lambda: page.events, f"event {number}")
             pages.close(page)
 
 

@@ -88,7 +88,9 @@ def test_predecessors_import_works(listener, channel):
     assert listener.wait(1) == [{"data": "x"}]
 
 
-@pytest.mark.parametrize(("channel", "payload", "error"), [("", {"data": "x"}, ChannelError), ("c", {"id": "a\nb"}, EventError)])
+@pytest.mark.parametrize(
+    ("channel", "payload", "error"), [("", {"data": "x"}, ChannelError), ("c", {"id": "a\nb"}, EventError)]
+)
 def test_nothing_is_sent_of_a_call_that_is_wrong(configured, channel, payload, error):
     """Both are checked before a broker is even looked for."""
     with pytest.raises(error):
@@ -98,7 +100,8 @@ def test_nothing_is_sent_of_a_call_that_is_wrong(configured, channel, payload, e
 def test_threads_share_one_connection(listener, channel):
     """20 threads, 25 events each: none lost, none garbled, one session on PostgreSQL."""
     threads = [
-        threading.Thread(target=lambda n=number: [notify(channel, {"data": f"{n}-{i}"}) for i in range(25)]) for number in range(20)
+        threading.Thread(target=lambda n=number: [notify(channel, {"data": f"{n}-{i}"}) for i in range(25)])
+        for number in range(20)
     ]
     for thread in threads:
         thread.start()
@@ -238,7 +241,9 @@ assert threading.active_count() == 1
 def test_notify_loads_no_tornado(kind, request, tmp_path):
     """Not even when it is called."""
     server = request.getfixturevalue(f"{kind}_server")
-    code = "import sys; from tornado_relay import notify; notify('c', {'data': 'x'}); assert 'tornado' not in sys.modules"
+    code = (
+        "import sys; from tornado_relay import notify; notify('c', {'data': 'x'}); assert 'tornado' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**server.environment), check=True)
 
 
@@ -256,11 +261,23 @@ except tornado_relay.SettingsError as exc:
     print(exc)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(**server.environment), check=True, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(**server.environment),
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert f"sse-relay-server[{kind}]" in done.stdout
 
 
 def test_public_names():
     """What the package promises to its users."""
-    assert set(tornado_relay.__all__) >= {"notify", "RelayError", "EventError", "ChannelError", "PayloadTooLarge", "SettingsError"}
+    assert set(tornado_relay.__all__) >= {
+        "notify",
+        "RelayError",
+        "EventError",
+        "ChannelError",
+        "PayloadTooLarge",
+        "SettingsError",
+    }

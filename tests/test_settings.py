@@ -77,7 +77,7 @@ def test_wrong_value_is_named_with_what_would_be_right(variable, value, said):
 
 def test_error_names_the_flag_if_the_value_came_from_one():
     """Whoever typed a flag is told about the flag."""
-    with pytest.raises(SettingsError, match="^--port: 'x'"):
+    with pytest.raises(SettingsError, match=r"^--port: 'x'"):
         load({"port": "x"}, environ={})
 
 
@@ -88,7 +88,10 @@ def test_error_names_the_flag_if_the_value_came_from_one():
         ({"REDIS_URL": "redis://r"}, ("redis", "redis://r")),
         ({"DATABASE_URL": "postgres://p/d"}, ("postgres", "postgres://p/d")),
         ({"REDIS_URL": "redis://r", "DATABASE_URL": "postgres://p/d"}, ("redis", "redis://r")),
-        ({"REDIS_URL": "redis://r", "DATABASE_URL": "postgres://p/d", "RELAY_USE_PG": "True"}, ("postgres", "postgres://p/d")),
+        (
+            {"REDIS_URL": "redis://r", "DATABASE_URL": "postgres://p/d", "RELAY_USE_PG": "True"},
+            ("postgres", "postgres://p/d"),
+        ),
         ({"REDIS_URL": "redis://r", "DATABASE_URL": "sqlite:///db"}, ("redis", "redis://r")),
         ({"REDIS_URL": "rediss://r"}, ("redis", "rediss://r")),
         ({"DATABASE_URL": "postgis://p/d"}, ("postgres", "postgis://p/d")),

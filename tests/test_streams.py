@@ -92,12 +92,26 @@ def test_slow_reader_is_cut_and_others_do_not_feel_it(broker, tmp_path, pages, c
             count += 1
             assert count < 20_000, "never cut"
             publisher.publish(channel, json.dumps({"data": f"{count}:{'x' * 7000}"}))
-            pages.until(lambda: len(reader.events) == count, "the reader keeps up")  # noqa: B023
+            pages.until(lambda: len(reader.events) == count, "the reader keeps up")
         assert [int(data.partition(":")[0]) for data in reader.data] == list(range(1, count + 1))
         assert not reader.closed
 
 
-NAMES = ["a;DROP TABLE x", '"', "'", "café", "x" * 200, "é" * 200, "Orders-Mixed", "%s", "a b", "日本", "a/b", "..", "{}"]
+NAMES = [
+    "a;DROP TABLE x",
+    '"',
+    "'",
+    "café",
+    "x" * 200,
+    "é" * 200,
+    "Orders-Mixed",
+    "%s",
+    "a b",
+    "日本",
+    "a/b",
+    "..",
+    "{}",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,7 +155,17 @@ def test_redis_channels_differ_by_case(redis_server, tmp_path, pages):
         assert page.data == ["yes"]
 
 
-PAYLOADS = ["it's", 'say "hi"', "a\nb\r\nc\rd", "🎉 ünï", "  two spaces", "\u2028\u0085\x0b", "", "nul \0 inside", ":colon"]
+PAYLOADS = [
+    "it's",
+    'say "hi"',
+    "a\nb\r\nc\rd",
+    "🎉 ünï",
+    "  two spaces",
+    "\u2028\u0085\x0b",
+    "",
+    "nul \0 inside",
+    ":colon",
+]
 
 
 @pytest.mark.parametrize("text", PAYLOADS)
@@ -204,7 +228,11 @@ def test_hand_written_notify_of_the_predecessor_works(relay, broker, pages, chan
         broker.client.publish(channel=name, message=payload)
     pages.until(lambda: page.events, "the event")
     (event,) = page.events
-    assert (event.event, event.id, json.loads(event.data)) == ("NEW_NOTIFICATION", "1", {"message": "A new notification"})
+    assert (event.event, event.id, json.loads(event.data)) == (
+        "NEW_NOTIFICATION",
+        "1",
+        {"message": "A new notification"},
+    )
 
 
 def test_unsubscribed_channel_is_dropped_at_the_broker_after_a_while(broker, tmp_path, pages, channel):

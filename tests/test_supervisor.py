@@ -127,7 +127,7 @@ def test_restarts_back_off(redis_server, tmp_path):
         for count in range(1, 5):
             (pid,) = until(relay.workers, "a worker")
             os.kill(pid, signal.SIGKILL)
-            until(lambda: relay.log.count("was ended by SIGKILL") == count, "its death is noticed")  # noqa: B023
+            until(lambda: relay.log.count("was ended by SIGKILL") == count, "its death is noticed")
         delays = [float(text) for text in re.findall(r"the next starts in ([\d.]+) s", relay.log)]
         assert delays[-1] > delays[0]
 
@@ -149,7 +149,7 @@ def test_parent_loads_no_loop_and_no_driver(broker, tmp_path):
         assert "psycopg2" not in maps
         assert "hiredis" not in maps
         assert "_asyncio" not in maps
-        links = [os.readlink(link) for link in Path(f"/proc/{relay.process.pid}/fd").iterdir()]
+        links = [str(link.readlink()) for link in Path(f"/proc/{relay.process.pid}/fd").iterdir()]
         assert not [link for link in links if "eventpoll" in link]
 
 

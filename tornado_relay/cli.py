@@ -184,8 +184,9 @@ def _warn_if_open(current: Settings) -> None:
 
 def _raise_descriptor_limit() -> None:
     # A stream is a descriptor; the usual soft limit of 1,024 is there for programs that use select().
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:  # under our systemd unit they are equal, and setrlimit() is forbidden
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Parser(argparse.ArgumentParser):

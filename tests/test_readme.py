@@ -1,0 +1,220 @@
+"""What the README shows is what there is."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from programs import program
+from relay import COMMAND, ROOT, Relay, environment, run
+from servers import until
+
+from tornado_relay.cli import main
+from tornado_relay.events import KEYS
+from tornado_relay.handlers import MAX_CHANNELS
+from tornado_relay.settings import FIELDS
+
+README = (ROOT / "README.md").read_text()
+EXTRAS = {"postgres", "redis", "jwt", "metrics", "django", "embedded", "test"}
+
+
+def blocks(language):
+    """The README's code blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def block(language, holding):
+    (found,) = [text for text in blocks(language) if holding in text]
+    return found
+
+
+def shown(default):
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, float):
+        return f"{default:g}"
+    return "" if default == () else str(default)
+
+
+def test_table_of_settings():
+    """Variable, flag, default and meaning of each, as the code has them."""
+    rows = [
+        [cell.strip() for cell in row.strip("|").split(" | ")]
+        for row in README.splitlines()
+        if re.match(r"\| `[A-Z_]+` \| `--", row)
+    ]
+    expected = []
+    for field in FIELDS:
+        meaning = field.metadata["meaning"].replace("|", "&#124;")
+        expected.append(
+            [f"`{field.metadata['variable']}`", f"`{field.metadata['flag']}`", shown(field.default), meaning]
+        )
+    assert rows == expected
+
+
+def test_table_of_event_keys():
+    """All six."""
+    assert re.findall(
+        r"^\| `(\w+)` \| ", README.partition("## Events")[2].partition("## Settings")[0], re.MULTILINE
+    ) == list(KEYS)
+    assert f"up to {MAX_CHANNELS} channels" in README
+
+
+def test_links_lead_to_files():
+    """Relative links exist, and those within the page have a heading."""
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in README.splitlines()
+        if line.startswith("#")
+    }
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text().replace("\n", " ")):
+            file, _, anchor = target.replace(" ", "").partition("#")
+            if not file.startswith("http"):
+                assert (ROOT / (file or name)).exists(), target
+            if anchor:
+                assert anchor in headings, target
+
+
+def test_installation_commands_name_extras_that_exist():
+    """Each pip install of the page."""
+    setup = (ROOT / "setup.py").read_text()
+    named = {extra for extras in re.findall(r"sse-relay-server\[([\w,]+)\]", README) for extra in extras.split(",")}
+    assert named <= EXTRAS
+    assert all(f'"{extra}"' in setup for extra in EXTRAS)
+
+
+def test_serve_command_of_the_installation(postgres_server, tmp_path, pages):
+    """With the URL and the port replaced by the test's."""
+    (line,) = [text for text in blocks("sh") if text.startswith("DATABASE_URL=")]
+    flags = line.split("sse-relay-server ")[1].split()
+    assert flags == ["--port", "8001", "--host", "0.0.0.0", "--workers", "4"]
+    with Relay(tmp_path, *flags, "--port", "0", **postgres_server.environment) as relay:
+        assert len(relay.workers()) == 4
+        (page,) = pages.open(relay.port, ["/channel=x"])
+        assert page.status == 200
+
+
+def test_commands(redis_server, relay_on_redis, tmp_path, pages):
+    """Each line of the section Commands."""
+    relay = relay_on_redis
+    lines = [line.partition(" #")[0].strip() for line in block("sh", "sse-relay-server listen").splitlines()]
+    assert lines[0] == "sse-relay-server"
+    assert lines[2:] == ["sse-relay-server listen orders", "sse-relay-server check", "sse-relay-server --help"]
+    (page,) = pages.open(relay.port, ["/channel=orders"])
+    folder = str(Path(COMMAND).parent)
+    env = environment(**redis_server.environment, PATH=f"{folder}:{os.environ['PATH']}")
+    subprocess.run(lines[1], shell=True, check=True, env=env, cwd=tmp_path)
+    pages.until(lambda: page.events, "the event")
+    assert (page.events[0].event, page.data) == ("NEW_ORDER", ["hello"])
+    for line in lines[3:]:
+        subprocess.run(line, shell=True, check=True, env=env, cwd=tmp_path, capture_output=True)
+
+
+@pytest.fixture
+def relay_on_redis(redis_server, tmp_path):
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        yield relay
+
+
+def test_django_example_and_its_page(postgres_server, channel, tmp_path, pages):
+    """The view, called by Django's test client in a real project on PostgreSQL, reaches the page's listener."""
+    view = block("python", "views.py")
+    (tmp_path / "views.py").write_text(view)
+    settings = f"""
+    import django
+    from urllib.parse import urlsplit
+    from django.conf import settings
+    url = urlsplit({postgres_server.url!r})
+    settings.configure(
+        ALLOWED_HOSTS=["*"], ROOT_URLCONF="project",
+        DATABASES={{"default": dict(ENGINE="django.db.backends.postgresql", NAME=url.path[1:], USER=url.username,
+                                   PASSWORD=url.password, HOST=url.hostname, PORT=url.port)}},
+    )
+    django.setup()
+    from django.test import Client
+    from django.urls import path
+    """
+    project = textwrap.dedent(settings) + "import views\nurlpatterns = [path('', views.new_order)]\n"
+    (tmp_path / "project.py").write_text(project)
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, ["/channel=orders"])
+        code = "import sys, project; answer = project.Client().get('/'); assert answer.content == b'ordered', answer"
+        code = f"import sys; sys.modules['project'] = __import__('project'); {code}"
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)
+        pages.until(lambda: page.events, "the event")
+    (event,) = page.events
+    assert (event.event, event.id, event.data) == ("NEW_ORDER", "1", '{"total":"12.50"}')
+
+
+def test_javascript_of_the_page(redis_server, relay_on_redis, tmp_path):
+    """It logs the order's total; run by Node with a standard EventSource."""
+    node, npm = program("node"), program("npm")
+    subprocess.run(
+        [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180
+    )
+    script = block("javascript", "new EventSource").replace("http://localhost:8001", relay_on_redis.url)
+    (tmp_path / "page.mjs").write_text(f"import {{ EventSource }} from 'eventsource'\n{script}\n")
+    page = subprocess.Popen([node, "page.mjs"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        until(lambda: "on orders" in relay_on_redis.log, "the page is connected")
+        assert (
+            run(
+                "notify",
+                "orders",
+                '{"event":"NEW_ORDER","data":{"total":"12.50"}}',
+                cwd=tmp_path,
+                **redis_server.environment,
+            ).returncode
+            == 0
+        )
+        assert page.stdout.readline() == "12.50\n"
+    finally:
+        page.kill()
+        page.communicate()
+
+
+def test_redis_snippet(redis_server, relay_on_redis, pages, channel):
+    """For those who do not install the package."""
+    (page,) = pages.open(relay_on_redis.port, [f"/channel={channel}"])
+    snippet = block("python", "redis.from_url").replace("redis://localhost:6379/0", redis_server.url)
+    code = f"{snippet}\nnotify({channel!r}, {{'event': 'e', 'data': \"it's\"}})\n"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    pages.until(lambda: page.events, "the event")
+    assert page.data == ["it's"]
+
+
+def test_sql_snippet(postgres_server, tmp_path, pages):
+    """Both statements."""
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, ["/channel=orders"])
+        for statement in block("sql", "NOTIFY orders").strip().splitlines():
+            postgres_server.execute(statement)
+        pages.until(lambda: len(page.events) == 2, "both events")
+    assert [(event.event, event.data) for event in page.events] == [("message", "hello"), ("NEW_ORDER", "hello")]
+
+
+def test_make_targets_exist():
+    """The two commands, and those of CONTRIBUTING.md."""
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_version_is_in_the_changelog():
+    """Users find what they have."""
+    from tornado_relay import __version__
+
+    assert __version__.partition(".dev")[0] in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_command_line_returns_its_status(capsys, tmp_path, monkeypatch):
+    """main() is what setup.py names, and exits by its return value."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("REDIS_URL", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["check"]) == 1
+    assert "no broker" in capsys.readouterr().out
