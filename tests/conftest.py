@@ -1,3 +1,4 @@
+import asyncio
 import itertools
 import shutil
 import sys
@@ -8,6 +9,7 @@ import pytest
 from pages import Pages
 from relay import Relay
 from servers import PostgresServer, RedisServer
+from tornado.ioloop import IOLoop
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -53,6 +55,16 @@ def channel():
 def relay(broker, tmp_path):
     with Relay(tmp_path, "--workers", "2", **broker.environment) as running:
         yield running
+
+
+@pytest.fixture
+def io_loop():
+    """pytest-tornado's, without its use of what asyncio and Tornado have deprecated."""
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    loop = IOLoop.current()
+    yield loop
+    loop.close(all_fds=True)
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture

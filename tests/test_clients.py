@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import httpx
 import pytest
+from browser import Browser
 from httpx_sse import connect_sse
 from programs import program
 from relay import Relay
@@ -126,31 +128,15 @@ def site():
 @pytest.fixture
 def browse(tmp_path):
     """Open a page in a headless Chromium that ends with the test."""
-    started = []
+    browsers = []
 
     def browse(url):
-        command = [
-            program("chromium", "chromium-browser", "google-chrome"),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-        ]
-        command += ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-        command += [
-            "--disable-sync",
-            "--disable-dev-shm-usage",
-            f"--user-data-dir={tmp_path}/profile",
-            "--remote-debugging-port=0",
-            url,
-        ]
-        started.append(
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        )
+        browsers.append(Browser(tmp_path / "profile", url))
+        return browsers[-1]
 
     yield browse
-    for process in started:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    for browser in browsers:
+        browser.close()
 
 
 def test_chromium(broker, channel, tmp_path, site, browse):
@@ -201,3 +187,24 @@ def test_chromium_outlives_a_broker_that_is_away(home, channel, tmp_path, site, 
             assert "closed for good" not in site.reports
         finally:
             server.stop()
+
+
+def test_inspector_shows_events_of_every_type(broker, tmp_path, browse):
+    """The page of make demo: names and data as text, newest first, also after the worker was killed."""
+    with Relay(tmp_path, "--workers", "1", "--debug", **broker.environment) as relay:
+        page = browse(f"{relay.url}/?channel=demo,orders")
+        until(
+            lambda: page.evaluate("document.getElementById('state').textContent") == "Connected to demo, orders",
+            "connected",
+        )
+        broker.publish("demo", '{"event":"greeting","id":7,"data":"<b>hello</b>\\nyou"}')
+        broker.publish("orders", "plain")
+        rows = "JSON.stringify([...document.querySelectorAll('tbody tr')].map(r => [...r.cells].slice(1).map(c => c.textContent)))"
+        first = [["message", "7", "plain"], ["greeting", "7", "<b>hello</b>\nyou"]]
+        until(lambda: sorted(json.loads(page.evaluate(rows))) == sorted(first), "both events")
+        os.kill(relay.workers()[0], signal.SIGKILL)
+        until(lambda: relay.log.count("stream opened") == 2, "the page is back")
+        broker.publish("demo", "again")
+        until(lambda: json.loads(page.evaluate(rows))[0][2] == "again", "the next event")
+        if "SSE_RELAY_SCREENSHOT" in os.environ:
+            page.screenshot(Path(os.environ["SSE_RELAY_SCREENSHOT"]))

@@ -7,7 +7,8 @@ import pytest
 import tornado.httpclient
 from servers import free_port
 
-from tornado_relay.brokers.redis.reader import RedisReader
+from tornado_relay.brokers.reader import Reader
+from tornado_relay.brokers.redis.listener import RedisListener
 from tornado_relay.handlers import MAX_CHANNELS, Relay
 from tornado_relay.hub import Hub
 from tornado_relay.settings import Settings
@@ -30,7 +31,7 @@ def relay(io_loop, settings, redis_url):
     hub = Hub()
 
     async def make():
-        reader = RedisReader(redis_url, hub.deliver, lambda: None)
+        reader = Reader(RedisListener(redis_url, hub.deliver), lambda: None)
         first = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(reader.run(first.set_result))
         await first

@@ -5,9 +5,8 @@ from __future__ import annotations
 import email.utils
 import logging
 import random
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tornado.httputil import HTTPServerRequest
 from tornado.ioloop import IOLoop
@@ -15,6 +14,7 @@ from tornado.iostream import StreamClosedError
 from tornado.web import Application, HTTPError, RequestHandler
 
 from . import __version__, access, channels
+from .brokers.reader import Reader
 from .errors import BrokerUnavailable, ChannelError
 from .hub import Hub
 from .settings import Settings
@@ -30,17 +30,6 @@ MAX_CHANNELS = 100
 RETRY = (2_000, 5_000)
 
 _STATIC = Path(__file__).parent / "static"
-
-
-class Reader(Protocol):
-    """What a handler needs of the worker's broker connection."""
-
-    name: str
-    trouble: str | None
-
-    def audible(self, channels: Iterable[str]) -> tuple[str, ...]: ...
-    async def subscribe(self, channels: Iterable[str]) -> None: ...
-    def release(self, channels: Iterable[str]) -> None: ...
 
 
 class Relay:

@@ -9,11 +9,13 @@ import random
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop, PeriodicCallback
 
+from .brokers.reader import Reader
 from .errors import BrokerRefused, SettingsError
 from .handlers import RETRY, Relay
 from .hub import Hub
@@ -89,9 +91,10 @@ class Worker:
         stopping = asyncio.create_task(self._stop.wait())
         ticker = PeriodicCallback(self._tick, TICK * 1000)
         ticker.start()
-        await asyncio.wait({first, reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        awaited: set[asyncio.Future[Any]] = {first, reading, stopping}
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if first.done() and (refused := first.result()):
-            self.report(str(refused))
+            self.report(f"{self.reader.name} refused the connection: {refused}")
             return CANNOT_START
 
         self.server = HTTPServer(
@@ -156,22 +159,18 @@ class Worker:
         return cast("list[Subscriber]", list(self.hub))
 
 
-def _open_reader(settings: Settings, hub: Hub) -> Any:
+def _open_reader(settings: Settings, hub: Hub) -> Reader:
     """Return the reader of the broker that ``settings`` name; nothing is connected yet."""
     if settings.broker is None:
         raise SettingsError("no broker is set")
     kind, url = settings.broker
-
-    def on_gap() -> None:
-        hub.reset("broker-reconnect")
-
     try:
         if kind == "redis":
-            from .brokers.redis.reader import RedisReader  # noqa: PLC0415
+            from .brokers.redis.listener import RedisListener  # noqa: PLC0415
 
-            return RedisReader(url, hub.deliver, on_gap)
-        from .brokers.postgres.reader import PostgresReader  # noqa: PLC0415
+            return Reader(RedisListener(url, hub.deliver), partial(hub.reset, "broker-reconnect"))
+        from .brokers.postgres.listener import PostgresListener  # noqa: PLC0415
 
-        return PostgresReader(settings.listen_url, hub.deliver, on_gap)
+        return Reader(PostgresListener(settings.listen_url, hub.deliver), partial(hub.reset, "broker-reconnect"))
     except ModuleNotFoundError as exc:
         raise SettingsError(f"{exc.name} is not installed; install sse-relay-server[{kind}]") from exc

@@ -1,0 +1,140 @@
+"""What a worker reads from its broker: which channels, through which losses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from ..errors import BrokerError, BrokerRefused, BrokerUnavailable
+from .backoff import Backoff
+from .subscriptions import Subscriptions
+
+log = logging.getLogger(__name__)
+
+CONFIRM_TIMEOUT = 5.0
+# A connection that held for this long was a good one: the next loss is mended from the shortest delay on.
+GOOD_SECONDS = 5.0
+
+
+class Listener(Protocol):
+    """One connection to a broker, at a time."""
+
+    name: str
+    subscriptions: Subscriptions
+
+    def audible(self, channels: Iterable[str]) -> tuple[str, ...]:
+        """Return the channels whose events a stream on ``channels`` hears."""
+
+    def target(self, channel: str) -> str:
+        """Return the broker's own channel on which events of ``channel`` travel."""
+
+    def flush(self) -> None:
+        """Send soon what `subscriptions` has to add and to drop."""
+
+    async def session(self, on_up: Callable[[], None]) -> None:
+        """
+        Connect, call ``on_up`` once all that is held has been confirmed, and read until that ends.
+
+        Raises:
+            BrokerError: When the connection is lost, or cannot be made.
+
+        """
+
+
+class Reader:
+    """
+    Keeps a `Listener` connected, for ever, and lets streams subscribe to it.
+
+    ``on_gap`` is called when the connection is back after a loss, and all channels are listened to again.
+    """
+
+    def __init__(self, listener: Listener, on_gap: Callable[[], None]) -> None:
+        self.name = listener.name
+        # Why streams cannot be served now, or None while the connection is up.
+        self.trouble: str | None = "not connected yet"
+
+        self._listener = listener
+        self._subscriptions = listener.subscriptions
+        self._on_gap = on_gap
+        self._backoff = Backoff()
+        # The loop's time at which the connection came up; None before the first.
+        self._up_since: float | None = None
+        # What to call after the first try, and then no more.
+        self._on_first: Callable[[BrokerRefused | None], None] | None = None
+
+    def audible(self, channels: Iterable[str]) -> tuple[str, ...]:
+        """Return the channels whose events a stream on ``channels`` hears."""
+        return self._listener.audible(channels)
+
+    async def subscribe(self, channels: Iterable[str]) -> None:
+        """
+        Return once the broker has confirmed that it will send ``channels``; pair it with `release`.
+
+        Raises:
+            BrokerUnavailable: If there is no connection, or no answer in time. Nothing is held then.
+
+        """
+        if self.trouble:
+            raise BrokerUnavailable(self.trouble)
+        targets = [self._listener.target(channel) for channel in channels]
+        waiters = self._subscriptions.acquire(targets)
+        if not waiters:
+            return
+        self._listener.flush()
+        try:
+            done, pending = await asyncio.wait(waiters, timeout=CONFIRM_TIMEOUT)
+            failed = next((waiter.exception() for waiter in done if waiter.exception()), None)
+            if pending or failed:
+                raise BrokerUnavailable(f"the subscription was not confirmed: {failed or 'no answer in time'}")
+        except BaseException:
+            self._subscriptions.release(targets, _now())
+            raise
+
+    def release(self, channels: Iterable[str]) -> None:
+        """End a stream's subscription; the broker is told some seconds after a channel's last stream."""
+        self._subscriptions.release([self._listener.target(channel) for channel in channels], _now())
+
+    def sweep(self) -> None:
+        """Drop what has been idle for long enough; called every second or so."""
+        if self._subscriptions.sweep(_now()) and not self.trouble:
+            self._listener.flush()
+
+    async def run(self, on_first: Callable[[BrokerRefused | None], None]) -> None:
+        """
+        Stay connected. Cancel it to end.
+
+        ``on_first`` is called once, after the first try to connect: with an error if the broker refused
+        in a way that trying again cannot mend.
+        """
+        self._on_first = on_first
+        while True:
+            try:
+                await self._listener.session(self._up)
+            except BrokerError as exc:
+                self.trouble = str(exc)
+                self._subscriptions.lost(BrokerUnavailable(self.trouble))
+                self._first_done(exc if isinstance(exc, BrokerRefused) else None)
+            if self._up_since is not None and _now() - self._up_since >= GOOD_SECONDS:
+                self._backoff.reset()
+            delay = self._backoff.next()
+            log.warning("%s is not reachable, next try in %.1f s: %s", self.name, delay, self.trouble)
+            await asyncio.sleep(delay)
+
+    def _up(self) -> None:
+        self.trouble = None
+        log.info("%s connected, listening to %d channels", self.name, len(self._subscriptions))
+        if self._up_since is not None:
+            self._on_gap()
+        self._up_since = _now()
+        self._first_done(None)
+
+    def _first_done(self, refused: BrokerRefused | None) -> None:
+        if self._on_first:
+            on_first, self._on_first = self._on_first, None
+            on_first(refused)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
