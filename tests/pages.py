@@ -82,8 +82,7 @@ class Pages:
 
     def __exit__(self, *_):
         for page in self.all:
-            if not page.closed:
-                page.close()
+            page.close()
         self.selector.close()
 
     def open(self, port, paths, headers=None, seconds=PATIENCE, **options):

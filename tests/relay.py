@@ -35,14 +35,14 @@ def run(*arguments, cwd, timeout=60, **env):
 class Relay:
     """A serving relay; used as a context manager, so that none is left behind."""
 
-    def __init__(self, home, *flags, port=0, unix_socket="", command=(COMMAND,), **env):
+    def __init__(self, home, *flags, port=0, unix_socket="", drain="0.5", command=(COMMAND,), **env):
         self.home = home
         self.log_path = home / f"relay-{os.urandom(4).hex()}.log"
         self.unix_socket = unix_socket
         address = ["--unix-socket", unix_socket] if unix_socket else ["--host", "127.0.0.1", "--port", str(port)]
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, *address, "--drain-seconds", "0.5", *map(str, flags)],
+                [*command, *address, *(["--drain-seconds", drain] if drain else []), *map(str, flags)],
                 cwd=home,
                 env=environment(**env),
                 stdin=subprocess.DEVNULL,

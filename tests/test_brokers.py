@@ -7,8 +7,11 @@ import socket
 import threading
 
 import pytest
+from pages import Page, Pages
 from relay import Relay
 from servers import PostgresServer, RedisServer, free_port, until
+
+from tornado_relay.publish import open_publisher
 
 
 @pytest.fixture(params=[PostgresServer, RedisServer])
@@ -50,12 +53,7 @@ def test_listener_that_the_broker_ends_is_replaced(broker, tmp_path, pages, chan
     """pg_terminate_backend and CLIENT KILL."""
     with Relay(tmp_path, "--workers", "2", **broker.environment) as relay:
         opened = pages.open(relay.port, [f"/channel={channel}"] * 8)
-        if broker.kind == "postgres":
-            broker.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'sse-relay-server'"
-            )
-        else:
-            broker.client.client_kill_filter(_type="pubsub")
+        end_listeners(broker)
         pages.until(lambda: all(reset_of(page) for page in opened), "every stream is told")
         broker.publish(channel, '{"data":"after"}')
         pages.until(lambda: all(page.data[-1:] == ["after"] for page in opened), "the next event")
@@ -132,20 +130,113 @@ def test_message_that_is_no_text_is_delivered_as_far_as_it_is_one(redis_server, 
         assert page.data == ["\ufffd\ufffd café"]
 
 
-def test_redis_channel_that_acl_forbids_ends_no_other_stream(redis_server, tmp_path, pages, channel):
-    """One page that asks for such a channel must not cost the others their connection."""
+def test_redis_channel_that_acl_forbids_fails_alone(redis_server, tmp_path, pages, channel):
+    """A page that asks for such a channel costs others neither their connection nor a channel that it asked for as well."""
     redis_server.client.execute_command(
-        "ACL", "SETUSER", "limited", "on", ">pw", "resetchannels", f"&{channel}", "+@all", "~*"
+        "ACL", "SETUSER", "limited", "on", ">pw", "resetchannels", f"&{channel}", f"&{channel}-2", "+@all", "~*"
     )
     url = redis_server.url.replace("redis://", "redis://limited:pw@")
     with Relay(tmp_path, "--workers", "1", REDIS_URL=url) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
-        (refused,) = pages.open(relay.port, ["/channel=forbidden"])
+        (refused,) = pages.open(relay.port, [f"/events?channel=forbidden&channel={channel}-2"])
         pages.until(lambda: refused.closed, "the refusal")
+        (second,) = pages.open(relay.port, [f"/channel={channel}-2"])
+        redis_server.publish(channel, "x")
+        redis_server.publish(f"{channel}-2", "y")
+        pages.until(lambda: page.events and second.events, "the events")
+        assert (page.data, second.data) == (["x"], ["y"])
+        assert "Redis refused SUBSCRIBE forbidden" in relay.log
+
+
+def test_redis_url_may_ask_for_protocol_3(redis_server, tmp_path, pages, channel):
+    """The reader speaks its own."""
+    with Relay(tmp_path, "--workers", "1", REDIS_URL=redis_server.url + "?protocol=3") as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
         redis_server.publish(channel, "x")
         pages.until(lambda: page.events, "the event")
-        assert page.data == ["x"]
-        assert "Redis refused a command" in relay.log
+
+
+def test_loss_while_streams_open_is_mended(broker, tmp_path, pages, channel):
+    """However often the connection is lost while new channels are asked for, the worker is ready again."""
+    with Relay(tmp_path, "--workers", "1", **broker.environment) as relay:
+        for attempt in range(5):  # the back-off grows with each
+            with Pages() as opening:
+                for number in range(12):
+                    opening.all.append(Page(relay.port, f"/channel={channel}-{attempt}-{number}"))
+                end_listeners(broker)
+                until(lambda: ready(relay, pages), f"ready after loss {attempt}")
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        broker.publish(channel, "x")
+        pages.until(lambda: page.events, "the event")
+
+
+def test_second_host_of_the_url_is_used(postgres_server, tmp_path, pages, channel):
+    """As libpq has it: the first that answers."""
+    url = postgres_server.url.replace("127.0.0.1:", f"127.0.0.1:{free_port()},127.0.0.1:")
+    with Relay(tmp_path, "--workers", "1", DATABASE_URL=url) as relay:
+        until(lambda: ready(relay, pages), "connected")
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        postgres_server.publish(channel, "x")
+        pages.until(lambda: page.events, "the event")
+
+
+def test_every_address_of_a_host_is_tried():
+    """A server that listens on 127.0.0.1 only is found by the name localhost, whatever that means first."""
+    from psycopg2.extensions import parse_dsn
+
+    from tornado_relay.brokers.postgres.dsn import addresses, complete
+
+    tried = [parse_dsn(dsn) for dsn in addresses(complete("postgresql://u:p@192.0.2.1:1,localhost:2/d", "x"))]
+    assert (tried[0]["hostaddr"], tried[0]["port"]) == ("192.0.2.1", "1")
+    assert {"127.0.0.1"} <= {dsn["hostaddr"] for dsn in tried[1:]} <= {"127.0.0.1", "::1"}
+    assert {(dsn["host"], dsn["port"], dsn["password"]) for dsn in tried[1:]} == {("localhost", "2", "p")}
+    assert [parse_dsn(dsn)["host"] for dsn in addresses("host=/run/postgresql dbname=d")] == ["/run/postgresql"]
+
+
+def test_listen_that_is_not_answered_counts_as_a_loss(postgres_server, tmp_path, pages, channel):
+    """A backend that stands still is replaced, and new channels are served again."""
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (open_before,) = pages.open(relay.port, [f"/channel={channel}"])
+        (pid,) = postgres_server.listeners()[0]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            pages.open(relay.port, [f"/channel={channel}-new"])
+            pages.until(lambda: reset_of(open_before), "the open stream is told", seconds=40)
+            (page,) = pages.open(relay.port, [f"/channel={channel}-newer"])
+            postgres_server.publish(f"{channel}-newer", "x")
+            pages.until(lambda: page.events, "the event")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_name_that_the_database_cannot_encode_fails_alone(postgres_server, tmp_path, pages, channel):
+    """In a LATIN1 database an emoji is refused, and nobody else's stream feels it."""
+    postgres_server.execute("CREATE DATABASE latin ENCODING LATIN1 LOCALE 'C' TEMPLATE template0")
+    url = postgres_server.url.removesuffix("relay") + "latin"
+    with Relay(tmp_path, "--workers", "1", DATABASE_URL=url) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        (refused,) = pages.open(relay.port, [f"/events?channel=%F0%9F%98%80&channel={channel}-2"])
+        pages.until(lambda: refused.closed, "the refusal")
+        (second,) = pages.open(relay.port, [f"/channel={channel}-2"])
+        open_publisher("postgres", url).publish(channel, '{"data":"caf\u00e9"}')
+        pages.until(lambda: page.events, "the event")
+        assert page.data == ["café"]
+        assert not second.closed
+        assert "is not reachable" not in relay.log
+
+
+def end_listeners(broker):
+    if broker.kind == "postgres":
+        broker.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'sse-relay-server'"
+        )
+    else:
+        broker.client.client_kill_filter(_type="pubsub")
+
+
+def ready(relay, pages):
+    (answer,) = pages.open(relay.port, ["/readyz"])
+    return answer.status == 200
 
 
 class Proxy:

@@ -37,8 +37,17 @@ def test_help_names_the_variable_of_each_flag(tmp_path):
         (["--prot", "8001"], "there is no flag --prot"),
         (["--log-level", "LOUD"], "--log-level: 'LOUD' is not one of CRITICAL"),
         (["--redis-url", "localhost:6379"], "REDIS_URL must start with redis://"),
-        (["--redis-url", "redis://:pw/@h:x/0"], "the Redis URL cannot be read"),
-        (["--database-url", "postgresql://u:p/w@h:5432/d"], "the PostgreSQL URL cannot be read"),
+        (["--redis-url", "redis://:pw/@h:x/0"], "REDIS_URL cannot be read"),
+        (["--database-url", "postgresql://u:p/w@h:5432/d"], "DATABASE_URL cannot be read"),
+        (["--redis-url", "redis://h/0?foo=bar"], "REDIS_URL has an option that cannot be used"),
+        (["--database-url", "postgresql://h/d?foo=bar"], "DATABASE_URL (or RELAY_LISTEN_DATABASE_URL) cannot be read"),
+        (
+            ["--database-url", "postgresql://h/d", "--listen-database-url", "redis://h"],
+            "RELAY_LISTEN_DATABASE_URL must start",
+        ),
+        (["--redis-url", "redis://h", "--use-pg"], "RELAY_USE_PG is true, but DATABASE_URL is not set"),
+        (["--redis-url", "redis://h", "--host", "a..b"], "cannot listen on a..b"),
+        (["notify", "c", "[" * 60_000], "EVENT is not JSON"),
         (["--env-file", "nowhere.env"], "'nowhere.env'"),
         (["--allowed-origins", "shop.example"], "--allowed-origins: 'shop.example'"),
         (["serve"], "invalid choice: 'serve'"),
@@ -119,6 +128,36 @@ def test_listen_says_when_the_relay_refuses(redis_server, tmp_path):
     assert done.returncode == 1
     assert "400" in done.stderr
     assert "control character" in done.stderr
+
+
+def test_listen_takes_any_text_in_a_url_and_says_why_it_waits(redis_server, channel, tmp_path):
+    """Blanks and letters of any script; and a relay that is not there is no silence."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        listen = subprocess.Popen(
+            [COMMAND, "listen", f"{relay.url}/channel={channel} café"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: f"on {channel} café" in relay.log, "the stream is open")
+        redis_server.publish(f"{channel} café", "hello")
+        assert json.loads(listen.stdout.readline())["data"] == "hello"
+        relay.stop()
+        lines = [listen.stderr.readline() for _ in range(3)]
+        listen.kill()
+        listen.communicate()
+    assert "the stream ended; trying again" in lines[1]
+    assert "no relay at" in lines[2]
+
+
+def test_listen_refuses_what_is_no_address(tmp_path):
+    """It will not get better by trying again."""
+    done = run("listen", "http://h:80x/a", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "is not the address of a stream" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_listen_uses_the_unix_socket(redis_server, channel, tmp_path):
@@ -206,6 +245,31 @@ class TestCheck:
         assert done.returncode == 1
         assert re.search(r"^FAIL +Redis \(used\): .*refused", done.stdout, re.MULTILINE)
         assert "Traceback" not in done.stderr
+
+    def test_wrong_setting(self, tmp_path):
+        """A failure like any other."""
+        done = run("check", "--port", "x", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (
+            1,
+            "FAIL  --port: 'x' is not a port; give one number from 1 to 65535, such as 8001\n",
+        )
+
+    @pytest.mark.parametrize(
+        ("variable", "url", "shown"),
+        [
+            ("DATABASE_URL", "postgresql://dbhost/shop?user=app&password=hunter@2secret", "postgresql://dbhost/shop"),
+            ("DATABASE_URL", "postgresql://app:hunter@2secret@dbhost/shop", "(set)"),
+            ("DATABASE_URL", "postgresql://app:hunter/2secret@dbhost/shop", "(set)"),
+            ("REDIS_URL", "redis://h/0?password=hunter@2secret", "redis://h/0"),
+            ("REDIS_URL", "hunter2secret", "(set)"),
+        ],
+    )
+    def test_no_piece_of_a_password_is_shown(self, tmp_path, variable, url, shown):
+        """Wherever in the URL it stands, also where the URL is wrong."""
+        done = run("check", cwd=tmp_path, **{variable: url})
+        assert f"{variable}={shown}\n" in done.stdout
+        for piece in ("hunter", "2secret"):
+            assert piece not in done.stdout + done.stderr
 
     def test_no_broker_and_wrong_broker(self, tmp_path):
         """What to set."""

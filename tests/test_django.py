@@ -28,7 +28,7 @@ def project(tmp_path, postgres_server):
     }
 
     def run(code, driver="psycopg2", database="default", **env):
-        chosen = {**databases, "default": databases[database]}
+        chosen = {**databases, "default": databases[database]} if database else {}
         # Django prefers psycopg; where it is not importable, psycopg2 is used.
         hide = "sys.modules['psycopg'] = None" if driver == "psycopg2" else ""
         program = f"import sys\n{hide}\nimport django\nfrom django.conf import settings\n"
@@ -104,6 +104,31 @@ def test_django_on_another_database_uses_database_url_after_the_commit(
         project(ROLL_BACK_THEN_COMMIT.format(channel=channel), database="files", **postgres_server.environment)
         pages.until(lambda: "autocommit" in page.data, "the last event")
     assert [event.event for event in page.events] == ["paid", "message"]
+
+
+def test_project_without_databases_uses_redis(project, redis_server, tmp_path, pages, channel):
+    """Also after a request, when Django has put a dummy in their place."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        project(
+            f"""
+            notify("{channel}", {{"data": "first"}})
+            from django.core.signals import request_started
+            request_started.send(None)
+            notify("{channel}", {{"data": "second"}})
+            """,
+            database=None,
+            **redis_server.environment,
+        )
+        pages.until(lambda: len(page.events) == 2, "both events")
+
+
+def test_use_pg_without_database_url_is_djangos_database(project, postgres_server, tmp_path, pages, channel):
+    """REDIS_URL may be there for a cache."""
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        project(f"notify('{channel}', {{'data': 'x'}})", REDIS_URL="redis://127.0.0.1:1/0", RELAY_USE_PG="true")
+        pages.until(lambda: page.events, "the event")
 
 
 def test_using_names_the_alias(project, postgres_server, tmp_path, pages, channel):

@@ -37,6 +37,17 @@ def test_embedded_relay_works_and_keeps_its_data_and_url(folder, tmp_path, pages
     assert urls[0] == urls[1]
 
 
+def test_end_before_it_serves_leaves_no_server(folder, tmp_path):
+    """SIGTERM at any moment of the start ends what has been started, and the data folder is whole or not there."""
+    for delay in ("Setting up", "Starting the"):
+        relay = Relay(tmp_path, "--embedded", "--embedded-dir", folder, "--workers", "1")
+        until(lambda: delay in relay.log, delay)
+        assert relay.stop() in (0, 143)
+        assert not Cluster(folder, wheel_binaries(folder)).running
+    with Relay(tmp_path, "--embedded", "--embedded-dir", folder, "--workers", "1"):
+        pass
+
+
 def test_data_is_private(folder):
     """Folder and password are for the server's user alone, who is never root."""
     cluster = Cluster(folder, wheel_binaries(folder))

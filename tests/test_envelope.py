@@ -50,6 +50,12 @@ def test_equal_payloads_differ_on_the_wire():
     assert {json.dumps(json.loads(text)) for text in sent} == {'{"data": "+1"}'}
 
 
+def test_equal_payloads_near_the_limit_differ_as_well():
+    """As long as a few bytes are left."""
+    payload = '{"data":"%s"}' % ("x" * 7979)
+    assert len({wrap("c", payload) for _ in range(6)}) == 6
+
+
 @pytest.mark.parametrize("channel", ["c", "x" * 200])
 def test_limit_is_kept_to_the_byte(channel):
     """The largest event that fits is sent; a byte more is refused with limit and size."""

@@ -9,7 +9,23 @@ from tornado_relay.events import KEYS, Event, encode, parse, serialize, stream_r
 from tornado_relay.eventsource import Parser, Received
 
 # Anything a Python string may hold, with what the wire format treats specially more often than chance would.
-texts = st.text(st.one_of(st.characters(), st.sampled_from("\r\n\0: \ufeff\u2028\ud800")), max_size=60)
+special = [
+    "\r",
+    "\n",
+    "\r\n",
+    "\0",
+    ":",
+    " ",
+    "\ufeff",
+    "\u2028",
+    "\ud800",
+    "\ndata: x",
+    "\rid: 1",
+    "\r\nretry: 5",
+    "\n\n",
+    "\nevent: y\n\n",
+]
+texts = st.lists(st.one_of(st.characters(), st.sampled_from(special)), max_size=20).map("".join)
 clean = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), max_size=60)
 json_values = st.recursive(
@@ -65,7 +81,7 @@ def test_no_text_makes_a_second_field_or_a_second_event(event):
 def test_data_that_is_no_text_arrives_as_json(value):
     """An object, number, list or null in data is JSON for the page."""
     (received,), _ = read(encode(parse(serialize({"data": value}))))
-    assert received.data == value if isinstance(value, str) else json.loads(received.data) == value
+    assert received.data == lf(value) if isinstance(value, str) else json.loads(received.data) == value
 
 
 @given(texts)

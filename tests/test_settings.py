@@ -65,6 +65,8 @@ def test_booleans_in_any_usual_spelling_false(text):
         ("LOG_FORMAT", "xml", "json"),
         ("ALLOWED_ORIGINS", "shop.example", "scheme, host and port"),
         ("ALLOWED_ORIGINS", "https://shop.example/path", "scheme, host and port"),
+        ("ALLOWED_ORIGINS", "https://*.shop.example", "scheme, host and port"),
+        ("ALLOWED_ORIGINS", "https://shop.example:x", "scheme, host and port"),
     ],
 )
 def test_wrong_value_is_named_with_what_would_be_right(variable, value, said):
@@ -95,6 +97,16 @@ def test_error_names_the_flag_if_the_value_came_from_one():
         ({"REDIS_URL": "redis://r", "DATABASE_URL": "sqlite:///db"}, ("redis", "redis://r")),
         ({"REDIS_URL": "rediss://r"}, ("redis", "rediss://r")),
         ({"DATABASE_URL": "postgis://p/d"}, ("postgres", "postgis://p/d")),
+        ({"REDIS_URL": "redis://r", "RELAY_USE_PG": "1"}, None),
+        (
+            {"DATABASE_URL": "postgresql://u:p%40@a:1,b:2,[::1]:3/d?sslmode=require"},
+            ("postgres", "postgresql://u:p%40@a:1,b:2,[::1]:3/d?sslmode=require"),
+        ),
+        (
+            {"DATABASE_URL": "postgresql:///d?host=/run/postgresql"},
+            ("postgres", "postgresql:///d?host=/run/postgresql"),
+        ),
+        ({"REDIS_URL": "unix:///run/redis.sock?db=1"}, ("redis", "unix:///run/redis.sock?db=1")),
     ],
 )
 def test_redis_wins_unless_use_pg(environ, broker):
@@ -108,14 +120,19 @@ def test_redis_wins_unless_use_pg(environ, broker):
         ({"DATABASE_URL": "sqlite:///db.sqlite3"}, "DATABASE_URL must start with postgresql://"),
         ({"DATABASE_URL": "mysql://u:secret@h/d"}, "starts with mysql://"),
         ({"REDIS_URL": "user:secret@host"}, "REDIS_URL must start with redis://"),
-        ({"REDIS_URL": "redis://r", "RELAY_USE_PG": "1"}, "DATABASE_URL is not set"),
+        ({"DATABASE_URL": "postgresql://u:sec@ret@h/d"}, "DATABASE_URL cannot be read.*%40"),
+        ({"DATABASE_URL": "postgresql://u:sec/ret@h/d"}, "DATABASE_URL cannot be read"),
+        ({"DATABASE_URL": "postgresql://u:secret@h:54x2/d"}, "DATABASE_URL cannot be read"),
+        ({"DATABASE_URL": "postgresql://u:secret@h:99999/d"}, "DATABASE_URL cannot be read"),
+        ({"REDIS_URL": "redis://:sec:ret@r:0/0"}, "REDIS_URL cannot be read"),
     ],
 )
 def test_url_of_another_kind_is_refused_without_its_password(environ, said):
     """The error says what is wrong and never shows a secret."""
     with pytest.raises(SettingsError, match=said) as error:
         _ = load(environ=environ).broker
-    assert "secret" not in str(error.value)
+    assert "sec" not in str(error.value)
+    assert "ret@" not in str(error.value)
 
 
 @pytest.mark.parametrize("variable", COMING)
@@ -131,6 +148,22 @@ def test_origins_are_split_at_commas():
     """Blanks and a trailing slash do not matter."""
     settings = load(environ={"ALLOWED_ORIGINS": "https://a.example, http://localhost:8000/ ,"})
     assert settings.allowed_origins == ("https://a.example", "http://localhost:8000")
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ("https://Shop.Example", "https://shop.example"),
+        ("HTTPS://shop.example:443", "https://shop.example"),
+        ("http://shop.example:80/", "http://shop.example"),
+        ("https://shop.example:8443", "https://shop.example:8443"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+        ("*", "*"),
+    ],
+)
+def test_origins_are_kept_as_browsers_send_them(written, sent):
+    """Lower case, and without the scheme's own port: compared as text they must match."""
+    assert load(environ={"ALLOWED_ORIGINS": written}).allowed_origins == (sent,)
 
 
 def test_settings_are_frozen():

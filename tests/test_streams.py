@@ -2,6 +2,10 @@
 
 import json
 import random
+import socket
+import struct
+import time
+from pathlib import Path
 
 import pytest
 from relay import Relay
@@ -95,6 +99,48 @@ def test_slow_reader_is_cut_and_others_do_not_feel_it(broker, tmp_path, pages, c
             pages.until(lambda: len(reader.events) == count, "the reader keeps up")
         assert [int(data.partition(":")[0]) for data in reader.data] == list(range(1, count + 1))
         assert not reader.closed
+
+
+def test_event_larger_than_the_buffer_reaches_a_reader_that_keeps_up(redis_server, tmp_path, pages, channel):
+    """Slow is who leaves something waiting: one 8 MB event, and 200 of 50 kB at once, are for everybody who reads."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        redis_server.publish(channel, json.dumps({"data": "x" * 8_000_000}))
+        pages.until(lambda: page.events, "the large event")
+        assert len(page.data[0]) == 8_000_000
+        pipeline = redis_server.client.pipeline(transaction=False)
+        for number in range(200):
+            pipeline.publish(channel, json.dumps({"data": f"{number}:{'x' * 50_000}"}))
+        pipeline.execute()
+        pages.until(lambda: len(page.events) == 201 or page.closed, "the burst")
+        assert [int(data.partition(":")[0]) for data in page.data[1:]] == list(range(200))
+
+
+def test_stream_takes_100_channels_with_long_names(relay, broker, pages, channel):
+    """The limit of the address's length leaves room for what the limits of channels allow."""
+    names = [f"{channel}-{number}-".ljust(200, "x") for number in range(100)]
+    (page,) = pages.open(relay.port, ["/events?" + "&".join(f"channel={name}" for name in names)])
+    open_publisher(broker.kind, broker.url).publish(names[-1], '{"data":"x"}')
+    pages.until(lambda: page.events, "the event")
+
+
+def test_clients_that_leave_at_once_are_forgotten(broker, tmp_path, channel):
+    """Whenever a client goes, before, while or after its stream opens, nothing of it stays."""
+    with Relay(tmp_path, "--workers", "1", **broker.environment) as relay:
+        for number in range(1500):
+            client = socket.create_connection(("127.0.0.1", relay.port))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", number % 2, 0))
+            client.sendall(f"GET /channel={channel}-{number % 300} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            deadline = time.perf_counter() + random.uniform(0, 0.004)
+            while time.perf_counter() < deadline:
+                pass
+            client.close()
+        until(
+            lambda: relay.log.count("stream opened") == relay.log.count("stream ended") > 0, "each opened stream ended"
+        )
+        (worker,) = relay.workers()
+        idle = [link for link in Path(f"/proc/{worker}/fd").iterdir() if "socket:" in str(link.readlink())]
+        assert len(idle) <= 4, "the listening socket, the loop's own pair, the broker's connection"
 
 
 NAMES = [

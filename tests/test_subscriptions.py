@@ -112,6 +112,21 @@ def test_loss_fails_who_waits_and_wants_again_what_is_held(books):
     assert not books.waiting
 
 
+@on_a_loop
+def test_channel_that_the_broker_refuses_fails_alone(books):
+    """Its streams are told, nobody waits for it any more, and the next one asks again."""
+    (refused,), (other,) = books.acquire(["no"]), books.acquire(["yes"])
+    books.take(10)
+    books.refuse("no", PermissionError("no"))
+    assert isinstance(refused.exception(), PermissionError)
+    assert not other.done()
+    books.release(["no"], now=0)
+    books.confirm(["yes"])
+    assert not books.waiting
+    assert books.acquire(["no"])
+    assert books.take(10)[0] == ["no"]
+
+
 def test_backoff_grows_with_jitter_up_to_its_limit():
     """Between half of the ceiling and the ceiling, which doubles; a success starts it over."""
     backoff = Backoff(1.0, 8.0)

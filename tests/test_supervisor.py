@@ -111,6 +111,66 @@ def test_sighup_with_a_broker_that_refuses_keeps_the_old_workers(tmp_path, pages
         assert not page.closed
 
 
+def test_settings_of_a_reload_that_failed_are_not_used_later(tmp_path, pages, postgres_server):
+    """A worker that dies after it starts with the old settings, which work."""
+    env_file = tmp_path / "relay.env"
+    env_file.write_text(f"DATABASE_URL={postgres_server.url}\n")
+    with Relay(tmp_path, "--workers", "2", "--env-file", env_file) as relay:
+        env_file.write_text(f"DATABASE_URL={re.sub(':[^:@]+@', ':wrong@', postgres_server.url)}\n")
+        relay.signal(signal.SIGHUP)
+        until(lambda: "reload stopped" in relay.log, "the refusal")
+        os.kill(relay.workers()[0], signal.SIGKILL)
+        until(lambda: relay.log.count("PostgreSQL connected") == 3, "the next worker serves")
+
+
+def test_second_sighup_during_a_reload_is_not_forgotten(tmp_path, pages, redis_server):
+    """What was edited meanwhile takes effect as well."""
+    env_file = tmp_path / "relay.env"
+    env_file.write_text("")
+    with Relay(tmp_path, "--workers", "2", "--env-file", env_file, **redis_server.environment) as relay:
+        relay.signal(signal.SIGHUP)
+        until(lambda: "reloading" in relay.log, "the reload has begun")
+        env_file.write_text("ALLOWED_ORIGINS=https://shop.example\n")
+        relay.signal(signal.SIGHUP)
+        until(lambda: relay.log.count(" reloaded") == 2, "both reloads are done")
+        answers = pages.open(relay.port, ["/healthz"] * 8, {"Origin": "https://other.example"})
+        assert {page.status for page in answers} == {403}
+
+
+def test_drain_takes_as_long_as_the_worker_was_told_at_its_start(tmp_path, pages, redis_server):
+    """A reload that shortens RELAY_DRAIN_SECONDS does not kill the old worker in the middle of its drain."""
+    env_file = tmp_path / "relay.env"
+    env_file.write_text("RELAY_DRAIN_SECONDS=8\n")
+    with Relay(tmp_path, "--workers", "1", "--env-file", env_file, drain=None, **redis_server.environment) as relay:
+        opened = pages.open(relay.port, ["/channel=x"] * 10)
+        env_file.write_text("RELAY_DRAIN_SECONDS=0\n")
+        relay.signal(signal.SIGHUP)
+        pages.until(lambda: all(page.closed for page in opened), "the drain")
+        assert all(page.body.count(b"retry: ") == 2 for page in opened)
+
+
+def test_sigterm_while_a_reload_replaces_a_dead_worker(tmp_path, redis_server):
+    """Whatever comes together, the command ends in order."""
+    with Relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
+        workers = relay.workers()
+        relay.signal(signal.SIGHUP)
+        until(lambda: len(relay.workers()) == 3, "the first replacement is forked")
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        relay.signal(signal.SIGTERM)
+        assert relay.process.wait(20) == 0
+        assert "Traceback" not in relay.log
+
+
+def test_any_signal_that_ends_a_worker_is_survived(tmp_path, redis_server):
+    """Also a real-time signal, which has no name."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        (pid,) = relay.workers()
+        os.kill(pid, 40)
+        until(lambda: "was ended by signal 40" in relay.log, "it is noticed")
+        until(lambda: relay.log.count("Redis connected") == 2, "the next worker serves")
+
+
 def test_stuck_worker_is_killed_and_replaced(redis_server, tmp_path, pages):
     """A worker whose loop does not turn is noticed by the parent; SIGSTOP stands in for a hang."""
     with Relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
@@ -142,15 +202,13 @@ def test_workers_end_when_the_supervisor_is_killed(redis_server, tmp_path, pages
         until(lambda: all(state(pid) is None for pid in workers), "the workers are gone")
 
 
-def test_parent_loads_no_loop_and_no_driver(broker, tmp_path):
+def test_parent_runs_no_loop_and_holds_no_broker_connection(broker, tmp_path):
     """Nothing lives in the parent that a fork could copy; each worker connects by itself, after the fork."""
     with Relay(tmp_path, "--workers", "2", **broker.environment) as relay:
-        maps = Path(f"/proc/{relay.process.pid}/maps").read_text()
-        assert "psycopg2" not in maps
-        assert "hiredis" not in maps
-        assert "_asyncio" not in maps
         links = [str(link.readlink()) for link in Path(f"/proc/{relay.process.pid}/fd").iterdir()]
         assert not [link for link in links if "eventpoll" in link]
+        assert len([link for link in links if link.startswith("socket:")]) == 2, "its two listening sockets"
+        assert len(list(Path(f"/proc/{relay.process.pid}/task").iterdir())) == 1, "no thread"
 
 
 class TestBootFailures:
@@ -216,7 +274,7 @@ class TestBootFailures:
             timeout=60,
             check=False,
         )
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "install sse-relay-server[postgres]" in done.stderr
 
 
@@ -261,6 +319,19 @@ def test_unix_socket(broker, tmp_path, pages, channel):
         assert "another process listens" in done.stderr
         assert relay.stop() == 0
     assert not Path(path).exists()
+
+
+def test_relay_that_ends_leaves_the_socket_of_its_successor(redis_server, tmp_path, pages):
+    """A deploy may start the new one while the old one drains."""
+    path = str(tmp_path / "relay.sock")
+    with Relay(tmp_path, "--workers", "1", unix_socket=path, **redis_server.environment) as old:
+        old.signal(signal.SIGSTOP)
+        Path(path).unlink()
+        with Relay(tmp_path, "--workers", "1", unix_socket=path, **redis_server.environment):
+            old.signal(signal.SIGCONT)
+            assert old.stop() == 0
+            (page,) = pages.open(None, ["/channel=x"], unix_socket=path)
+            assert page.status == 200
 
 
 def test_pid_1_reaps_orphans_and_ends_on_sigterm(redis_server, tmp_path):

@@ -54,11 +54,16 @@ def _run(command: str | None, options: dict[str, str], load: Callable[[], Settin
     if command == "listen":
         return _listen(load(), options["target"])
     if command == "check":
-        return _check(load())
+        return _check(load)
     return _serve(load, env_file)
 
 
 def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
+    # The one command that needs Tornado. Loaded before the fork, so that the workers share it.
+    from . import worker  # noqa: PLC0415
+
+    # Until the supervisor takes over, a SIGTERM must still end what has been started here.
+    signal.signal(signal.SIGTERM, _terminated)
     current = load()
     logs.setup(current.log_level, current.log_format)
     for line in settings.misspelt_variables(env_file):
@@ -66,16 +71,18 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     with _embedded(current) as database_url:
 
         def complete(loaded: Settings) -> Settings:
-            return dataclasses.replace(loaded, database_url=database_url, redis_url="") if database_url else loaded
+            if database_url:
+                loaded = dataclasses.replace(loaded, database_url=database_url, listen_database_url="", redis_url="")
+            _require_broker(loaded)
+            worker.check_broker(loaded)
+            return loaded
 
         def reload() -> Settings:
             fresh = complete(load())
-            _require_broker(fresh)
             logs.setup(fresh.log_level, fresh.log_format)
             return fresh
 
         current = complete(current)
-        _require_broker(current)
         _warn_if_open(current)
         _raise_descriptor_limit()
         listeners = (
@@ -83,21 +90,20 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
             if current.unix_socket
             else sockets.bind(current.host, current.port, current.worker_count)
         )
+        if database_url:
+            _show_first_steps(current, listeners[0][0], database_url)
         notifier = systemd.Notifier(settings.systemd_variables())
-        return Supervisor(current, listeners, _run_worker, reload, notifier).run()
+        return Supervisor(current, listeners, worker.run, reload, notifier).run()
 
 
-def _run_worker(current: Settings, listeners: list[socket.socket], beat: Any, report: Any) -> int:
-    # Imported after the fork: the parent stays free of loops, and a reload takes up new code.
-    from . import worker  # noqa: PLC0415
-
-    return worker.run(current, listeners, beat, report)
+def _terminated(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _notify(current: Settings, channel: str, event: str) -> int:
     try:
         payload = json.loads(event)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise SettingsError(f"EVENT is not JSON: {exc}; a plain text is given as '\"text\"'") from exc
     text = events.serialize(payload if isinstance(payload, dict) else {"data": payload})
     channels.check(channel)
@@ -108,16 +114,26 @@ def _notify(current: Settings, channel: str, event: str) -> int:
 def _listen(current: Settings, target: str) -> int:
     url, unix_socket = target, ""
     if not target.startswith(("http://", "https://")):
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(current.host, current.host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(current.host, current.host)
+        host = f"[{host}]" if ":" in host else host
         url = f"http://{host}:{current.port}/channel={quote(channels.check(target), safe='')}"
         unix_socket = current.unix_socket
     print(f"listening to {url}", file=sys.stderr)
-    for received in eventsource.listen(url, unix_socket=unix_socket):
+
+    def show(trouble: str) -> None:
+        print(f"{trouble}; trying again", file=sys.stderr)
+
+    for received in eventsource.listen(url, show, unix_socket=unix_socket):
         print(json.dumps(dataclasses.asdict(received), ensure_ascii=False), flush=True)
     return 0
 
 
-def _check(current: Settings) -> int:
+def _check(load: Callable[[], Settings]) -> int:
+    try:
+        current = load()
+    except SettingsError as exc:
+        print(f"FAIL  {exc}")
+        return 1
     for line in findings.of_settings(current):
         print(f"      {line}")
     failed = False
@@ -139,33 +155,33 @@ def _embedded(current: Settings) -> Iterator[str | None]:
         print(f"Setting up a PostgreSQL in {cluster.home} (some seconds, once) ...", flush=True)
         cluster.create()
     ours = not cluster.running
-    if ours:
-        print(f"Starting the PostgreSQL in {cluster.home} ...", flush=True)
-        cluster.start()
     try:
+        if ours:
+            print(f"Starting the PostgreSQL in {cluster.home} ...", flush=True)
+            cluster.start()
         cluster.create_database()
-        url = cluster.url
-        print(f"\nThe data is in {cluster.home}. Give this to Django:\n\n    DATABASE_URL={url}\n", flush=True)
-        if current.debug:
-            _show_first_steps(current, url)
-        yield url
+        yield cluster.url
     finally:
         if ours:
             cluster.stop()
 
 
-def _show_first_steps(current: Settings, url: str) -> None:
-    event = '{"event": "greeting", "data": "hello"}'
-    print(
-        f"Open this page:\n\n    http://127.0.0.1:{current.port}/?channel=demo\n\n"
-        f"and send it an event from another terminal:\n\n"
-        f"    DATABASE_URL={url} {sys.argv[0]} notify demo '{event}'\n",
-        flush=True,
-    )
+def _show_first_steps(current: Settings, listener: socket.socket, url: str) -> None:
+    print(f"\nGive this to Django:\n\n    DATABASE_URL={url}\n", flush=True)
+    if current.debug and not current.unix_socket:
+        program = sys.argv[0] if not sys.argv[0].endswith(".py") else f"{sys.executable} -m tornado_relay"
+        print(
+            f"Open this page:\n\n    http://127.0.0.1:{listener.getsockname()[1]}/?channel=demo\n\n"
+            f"and send it an event from another terminal:\n\n"
+            f'    DATABASE_URL={url} {program} notify demo \'{{"event": "greeting", "data": "hello"}}\'\n',
+            flush=True,
+        )
 
 
 def _require_broker(current: Settings) -> tuple[str, str]:
     broker = current.broker
+    if broker is None and current.redis_url:
+        raise SettingsError("RELAY_USE_PG is true, but DATABASE_URL is not set; give it, or leave RELAY_USE_PG out")
     if broker is None:
         raise SettingsError(
             "no broker is set. Set DATABASE_URL=postgresql://user:password@host:5432/database, or REDIS_URL=redis://host:6379/0,\n"

@@ -75,12 +75,16 @@ class Cluster:
             raise SettingsError(
                 f"the data folder {self.home} cannot be made: {exc.strerror}; give --embedded-dir"
             ) from exc
+        # Made beside its place and moved there at the end, so that what is there is whole.
+        unfinished = self.home / "data.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
         self._run(
-            *("initdb", "-D", self.data, "-U", USER, "--auth=scram-sha-256", f"--pwfile={self._password_file}"),
+            *("initdb", "-D", unfinished, "-U", USER, "--auth=scram-sha-256", f"--pwfile={self._password_file}"),
             *("--encoding=UTF8", "--locale=C", "--no-instructions"),
         )
-        with (self.data / "postgresql.conf").open("a") as configuration:
+        with (unfinished / "postgresql.conf").open("a") as configuration:
             configuration.write("listen_addresses = '127.0.0.1'\nunix_socket_directories = ''\n")
+        unfinished.rename(self.data)
 
     def start(self, **options: str) -> None:
         """

@@ -9,9 +9,9 @@ import codecs
 import http.client
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from .errors import BrokerUnavailable, RelayError
 
@@ -98,9 +98,14 @@ class Connection:
     """
 
     def __init__(self, url: str, *, unix_socket: str = "", last_event_id: str = "", timeout: float | None = 60) -> None:
-        parts = urlsplit(url)
         self.parser = Parser()
-        self._http = http.client.HTTPConnection(parts.hostname or "localhost", parts.port, timeout=timeout)
+        try:
+            parts = urlsplit(url)
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+            self._http = kind(parts.hostname or "", parts.port, timeout=timeout)
+            target = quote(f"{parts.path or '/'}?{parts.query}".rstrip("?"), safe="/?&=%:@+,;~!$'()*")
+        except (ValueError, http.client.InvalidURL) as exc:
+            raise RelayError(f"{url!r} is not the address of a stream: {exc}") from exc
         headers = {"Accept": "text/event-stream"}
         if last_event_id:
             headers["Last-Event-ID"] = last_event_id
@@ -109,9 +114,9 @@ class Connection:
                 self._http.sock = socket.socket(socket.AF_UNIX)
                 self._http.sock.settimeout(timeout)
                 self._http.sock.connect(unix_socket)
-            self._http.request("GET", f"{parts.path or '/'}?{parts.query}".rstrip("?"), headers=headers)
+            self._http.request("GET", target, headers=headers)
             self.response = self._http.getresponse()
-        except (OSError, http.client.HTTPException) as exc:
+        except (OSError, http.client.HTTPException, UnicodeError) as exc:
             raise BrokerUnavailable(f"no relay at {unix_socket or parts.netloc}: {exc}") from exc
         if self.response.status != 200:
             told = self.response.read(1000).decode(errors="replace").strip()
@@ -132,9 +137,11 @@ class Connection:
         self._http.close()
 
 
-def listen(url: str, *, unix_socket: str = "") -> Iterator[Received]:
+def listen(url: str, on_trouble: Callable[[str], None], *, unix_socket: str = "") -> Iterator[Received]:
     """
     Yield the events of a stream, reconnecting as a browser does, for ever.
+
+    ``on_trouble`` is told, before each new try, why there is one.
 
     Raises:
         RelayError: If the relay refuses the request for good.
@@ -148,6 +155,7 @@ def listen(url: str, *, unix_socket: str = "") -> Iterator[Received]:
                 last_event_id = received.id
                 yield received
             retry = connection.parser.retry or retry
-        except BrokerUnavailable:
-            pass
+            on_trouble("the stream ended")
+        except BrokerUnavailable as exc:
+            on_trouble(str(exc))
         time.sleep(retry / 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import select
 import time
@@ -131,8 +132,10 @@ def _ping_redis(settings: Settings) -> str:
 
 def _without_password(url: str) -> str:
     scheme, separator, rest = url.partition("://")
-    if not separator:
+    authority, *behind = re.split("[/?#]", rest, maxsplit=1)
+    path = "".join(behind).partition("?")[0]
+    if not separator or authority.count("@") > 1 or "@" in path:  # where the password ends is not clear
         return "(set)"
-    userinfo, at, host = rest.rpartition("@")
-    user = userinfo.partition(":")[0]
-    return f"{scheme}://{user}{':***' if ':' in userinfo else ''}{at}{host.partition('?')[0]}"
+    userinfo, at, hosts = authority.rpartition("@")
+    user, colon, _ = userinfo.partition(":")
+    return f"{scheme}://{user}{':***' if colon else ''}{at}{hosts}/{path}".rstrip("/")

@@ -191,10 +191,13 @@ class StreamHandler(RelayHandler):
             if not self.gone:
                 await self._refuse_softly("the worker is draining")
             return
-        relay.hub.add(subscriber)
         head = relay.head(self.origin) + b": sse-relay-server\nretry: %d\n\n" % random.randint(*RETRY)
-        subscriber.open(self.detach(), head, relay.settings.client_buffer, loop.time())
-        log.info("stream opened: %s", subscriber)
+        # Nothing may await from here on: an event that comes after the head must find the stream in the hub.
+        if subscriber.open(self.detach(), head, relay.settings.client_buffer, loop.time()):
+            relay.hub.add(subscriber)
+            log.info("stream opened: %s", subscriber)
+        else:
+            relay.reader.release(subscriber.audible)
 
     async def head(self, path_channel: str | None = None) -> None:
         self._channels(path_channel)

@@ -136,8 +136,8 @@ def _django_connection(using: str | None) -> Any:
         return None
     from django.db import connections  # noqa: PLC0415
 
-    if using is None and "ENGINE" not in conf.settings.DATABASES.get("default", {}):
-        return None
     if using is not None and using not in connections:
         raise SettingsError(f"using={using!r} is not in DATABASES; known are {', '.join(connections)}")
-    return connections[using or "default"]
+    connection = connections[using or "default"]
+    # Django puts a dummy in the place of databases that a project does not have.
+    return connection if connection.vendor != "unknown" else None

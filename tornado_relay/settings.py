@@ -25,6 +25,8 @@ LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "t": True, "y": True}
 _BOOLEANS |= {"0": False, "false": False, "no": False, "off": False, "f": False, "n": False}
 
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
 COMING = (
     "RELAY_ADMIN_HOST",
     "RELAY_ADMIN_PORT",
@@ -89,15 +91,26 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
 
 def _origins(value: str) -> tuple[str, ...]:
-    origins = tuple(origin.strip() for origin in value.split(",") if origin.strip())
-    for origin in origins:
-        parts = urlsplit(origin)
-        if origin != "*" and (not parts.scheme or not parts.netloc or parts.path.strip("/") or parts.query):
-            raise ValueError(
-                f"holds {origin!r}, which is not an origin; give scheme, host and port of the pages, "
-                "comma-separated, such as https://shop.example,http://localhost:8000"
-            )
-    return tuple(origin.rstrip("/") for origin in origins)
+    return tuple(dict.fromkeys(_origin(text.strip()) for text in value.split(",") if text.strip()))
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers send it (RFC 6454, section 6.2): lower case, without a default port."""
+    if text == "*":
+        return text
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host, port, parts = "", None, urlsplit("")
+    rest = (parts.path.strip("/"), parts.query, parts.fragment, parts.username)
+    if parts.scheme not in _DEFAULT_PORTS or not host or "*" in host or any(rest):
+        raise ValueError(
+            f"holds {text!r}, which is not an origin; give scheme, host and port of the pages, "
+            "comma-separated, such as https://shop.example,http://localhost:8000"
+        )
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, _DEFAULT_PORTS[parts.scheme]) else "")
 
 
 def _setting(variable: str, default: Any, parse: Callable[[str], Any], meaning: str, **more: Any) -> Any:
@@ -178,26 +191,23 @@ class Settings:
 
         """
         if self.redis_url and not self.use_pg:
-            return "redis", _checked_url(
-                "REDIS_URL", self.redis_url, ("redis", "rediss", "unix"), "redis://localhost:6379/0"
-            )
+            return "redis", _checked_url("REDIS_URL", self.redis_url)
         if self.database_url:
-            return "postgres", _checked_url(
-                "DATABASE_URL",
-                self.database_url,
-                ("postgresql", "postgres", "postgis"),
-                "postgresql://user:password@localhost:5432/database",
-            )
-        if self.use_pg and self.redis_url:
-            raise SettingsError(
-                "RELAY_USE_PG is true, but DATABASE_URL is not set; give it, or leave RELAY_USE_PG out to use REDIS_URL"
-            )
+            return "postgres", _checked_url("DATABASE_URL", self.database_url)
         return None
 
     @property
     def listen_url(self) -> str:
-        """The PostgreSQL URL that a worker's LISTEN connection uses."""
-        return self.listen_database_url or self.database_url
+        """
+        The PostgreSQL URL that a worker's LISTEN connection uses.
+
+        Raises:
+            SettingsError: If it is no such URL.
+
+        """
+        if self.listen_database_url:
+            return _checked_url("RELAY_LISTEN_DATABASE_URL", self.listen_database_url)
+        return _checked_url("DATABASE_URL", self.database_url)
 
     @property
     def worker_count(self) -> int:
@@ -320,12 +330,32 @@ def cores() -> int:
         return count
 
 
-def _checked_url(variable: str, url: str, schemes: tuple[str, ...], example: str) -> str:
-    scheme, separator, _ = url.partition("://")
+_POSTGRES = (("postgresql", "postgres", "postgis"), "postgresql://user:password@localhost:5432/database")
+_REDIS = (("redis", "rediss", "unix"), "redis://user:password@localhost:6379/0")
+
+
+def _checked_url(variable: str, url: str) -> str:
+    """Return ``url`` if its parts are where the drivers look for them; errors never show a piece of it."""
+    schemes, example = _REDIS if variable == "REDIS_URL" else _POSTGRES
+    scheme, separator, rest = url.partition("://")
     if not separator or scheme not in schemes:
         found = f"starts with {scheme}://" if separator else "has no ://"  # more could show a password
         raise SettingsError(f"{variable} must start with {schemes[0]}://, such as {example}; it {found}")
+    authority, *behind = re.split("[/?#]", rest, maxsplit=1)
+    hosts = authority.rpartition("@")[2]
+    ports = [port for _, port in _HOST.findall(hosts)]
+    # A password with @, / or : of its own would be cut there, and a piece of it looked up as a host.
+    misplaced = authority.count("@") > 1 or "@" in "".join(behind).partition("?")[0]
+    if misplaced or not _HOSTS.fullmatch(hosts) or not all(1 <= int(port) <= 65535 for port in ports if port):
+        raise SettingsError(
+            f"{variable} cannot be read; give it as {example}, with special characters of the password "
+            "percent-encoded (@ is %40, / is %2F, : is %3A)"
+        )
     return url
+
+
+_HOST = re.compile(r"(\[[^\]@]*\]|[^:,@\[\]]*)(?::([0-9]{1,5}))?(?:,|$)")
+_HOSTS = re.compile(rf"(?:{_HOST.pattern})*")
 
 
 def _refuse_coming(values: Mapping[str, str | None]) -> None:

@@ -41,8 +41,9 @@ def bind(host: str, port: int, count: int) -> list[list[socket.socket]]:
                 group.append(listener)
             groups.append(group)
         return groups
-    except OSError as exc:
-        raise SettingsError(f"cannot listen on {host}:{port} (--host, --port): {exc.strerror or exc}") from exc
+    except (OSError, UnicodeError) as exc:  # UnicodeError: a name that IDNA does not allow
+        why = getattr(exc, "strerror", None) or exc
+        raise SettingsError(f"cannot listen on {host}:{port} (--host, --port): {why}") from exc
 
 
 def bind_unix(path: str, count: int) -> list[list[socket.socket]]:

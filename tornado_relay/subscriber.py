@@ -44,9 +44,9 @@ class Subscriber:
         # Why the stream was closed from our side, for the log.
         self.reason = "closed by the client"
 
-    def open(self, stream: IOStream, head: bytes, buffer: int, now: float) -> None:
+    def open(self, stream: IOStream, head: bytes, buffer: int, now: float) -> bool:
         """
-        Send the head and deliver from now on.
+        Send the head and deliver from now on; return False if the client has gone already.
 
         ``buffer`` is how many bytes may wait for a slow reader before it is cut.
         """
@@ -54,12 +54,20 @@ class Subscriber:
         self.opened_at = now
         stream.max_write_buffer_size = buffer
         stream.max_buffer_size = MAX_UNREAD
-        # First: a stream that is closed before it has a callback never calls one.
+        # A stream that is closed before it has a callback never calls one.
         stream.set_close_callback(self._closed)
+        if stream.closed():
+            return False
         self.send(head)
+        return True
 
     def send(self, data: bytes) -> None:
-        """Write ``data``, or queue it behind what waits already; a reader that is too slow is cut."""
+        """
+        Write ``data``, or queue it behind what waits already; a reader that is too slow is cut.
+
+        What comes when nothing waits is taken whatever its size: a reader is slow only if it leaves
+        something waiting. Large pieces wait as views of bytes that all streams share.
+        """
         stream = self.stream
         if stream is None or stream.closed():
             return
@@ -71,7 +79,9 @@ class Subscriber:
                     sent = 0
                 if sent == len(data):
                     return
+                limit, stream.max_write_buffer_size = stream.max_write_buffer_size, None
                 stream.write(memoryview(data)[sent:])
+                stream.max_write_buffer_size = limit
             else:
                 stream.write(data)
         except StreamBufferFullError:

@@ -1,6 +1,6 @@
 """The parent process: it forks the workers, forwards signals, and replaces what dies or hangs.
 
-It loads no event loop and no broker driver, so a fork copies nothing that lives. A signal handler only
+It runs no event loop and connects to no broker, so a fork copies nothing that lives. A signal handler only
 queues its number; everything happens in `Supervisor.run`.
 """
 
@@ -53,6 +53,8 @@ class Process:
     started: float
     ready: bool = False
     told: str = ""
+    drain_seconds: float = 0.0
+    """Of the settings that it was started with."""
     leaving_since: float | None = None
 
 
@@ -100,6 +102,11 @@ class Supervisor:
         self._exit_status = 0
         # The slots that a reload has yet to go through, the first one being under way.
         self._reloading: list[Slot] = []
+        # What to go back to if it fails, and whether another was asked for meanwhile.
+        self._settings_before = settings
+        self._reload_again = False
+        # The Unix socket's file as we bound it: at the end it may be another relay's.
+        self._socket_file = _identity(settings.unix_socket)
         # The parent's own pauses (a suspended machine) must not look like stuck workers.
         self._last_turn = self._steady_since = time.monotonic()
 
@@ -124,8 +131,8 @@ class Supervisor:
                     self.notifier.alive()
             return self._exit_status
         finally:
-            if self.settings.unix_socket:
-                Path(self.settings.unix_socket).unlink(missing_ok=True)
+            if self._socket_file and _identity(self.settings.unix_socket) == self._socket_file:
+                Path(self.settings.unix_socket).unlink()
 
     def _wait(self) -> list[int]:
         """Sleep until a signal, a report or the next thing that is due; return the signals."""
@@ -174,12 +181,17 @@ class Supervisor:
         pulse = mmap.mmap(-1, 8)
         now = time.monotonic()
         struct.pack_into("d", pulse, 0, now)
-        pid = os.fork()
-        if pid == 0:
-            os.close(read)
-            self._become_worker(slot, write, pulse)
+        # A signal for the child must not be written to the parent's wakeup pipe, which it has until then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                os.close(read)
+                self._become_worker(slot, write, pulse)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.close(write)
-        process = self.processes[pid] = Process(pid, slot, read, pulse, now)
+        process = self.processes[pid] = Process(pid, slot, read, pulse, now, drain_seconds=self.settings.drain_seconds)
         log.debug("worker %d forked as %d", slot.number, pid)
         return process
 
@@ -189,6 +201,7 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             os.close(self._wake_read)
             os.close(self._wake_write)
             for process in self.processes.values():
@@ -224,10 +237,10 @@ class Supervisor:
         process.ready = True
         if process is process.slot.replacement:
             old, process.slot.current, process.slot.replacement = process.slot.current, process, None
-            if old is None:
-                self._next_reload()
-            else:
+            if old:
                 self._dismiss(old, signal.SIGTERM)
+            elif self._reloading:
+                self._next_reload()
         if not self._up and all(slot.current and slot.current.ready for slot in self.slots):
             self._up = True
             log.info("listening on %s with %d workers", self.address, len(self.slots))
@@ -253,8 +266,7 @@ class Supervisor:
         if process is slot.replacement:
             slot.replacement = None
             if not self._stopping:
-                log.error("reload stopped, the old workers go on: %s", process.told or _died(status))
-                self._end_reload()
+                self._reload_failed(process.told or f"a new worker {_died(status)}")
         elif process is slot.current:
             slot.current = None
             if process.leaving_since is None and not self._stopping:
@@ -289,7 +301,12 @@ class Supervisor:
         for slot in self.slots:
             if slot.due is not None and now >= slot.due:
                 slot.due = None
-                slot.current = self._fork(slot)
+                try:
+                    slot.current = self._fork(slot)
+                except OSError as exc:
+                    delay = slot.backoff.next()
+                    slot.due = now + delay
+                    log.error("worker %d cannot be forked, next try in %.1f s: %s", slot.number, delay, exc)
 
     def _check_pulses(self) -> None:
         now = time.monotonic()
@@ -298,7 +315,7 @@ class Supervisor:
         self._last_turn = now
         for process in self.processes.values():
             since = process.leaving_since
-            if since is not None and now - max(since, self._steady_since) > self.settings.drain_seconds + GRACE_SECONDS:
+            if since is not None and now - max(since, self._steady_since) > process.drain_seconds + GRACE_SECONDS:
                 log.error("worker %d (%d) does not end, killing it", process.slot.number, process.pid)
                 _kill(process.pid, signal.SIGKILL)
                 continue
@@ -313,8 +330,11 @@ class Supervisor:
     # Reload.
 
     def _start_reload(self) -> None:
-        if self._stopping or self._reloading or not self._up:
-            log.warning("SIGHUP ignored: the relay is starting, stopping or reloading")
+        if self._stopping or not self._up:
+            log.warning("SIGHUP ignored: the relay is starting or stopping")
+            return
+        if self._reloading:
+            self._reload_again = True
             return
         try:
             fresh = self.reload()
@@ -326,7 +346,7 @@ class Supervisor:
             if getattr(fresh, name) != value:
                 log.warning("%s changed: that takes a restart, a reload keeps the old one", name)
         log.info("reloading: replacing %d workers, one at a time", len(self.slots))
-        self.settings = dataclasses.replace(fresh, **kept)
+        self._settings_before, self.settings = self.settings, dataclasses.replace(fresh, **kept)
         self.notifier.reloading()
         self._reloading = list(self.slots)
         self._replace()
@@ -334,7 +354,10 @@ class Supervisor:
     def _replace(self) -> None:
         slot = self._reloading[0]
         slot.due = None
-        slot.replacement = self._fork(slot)
+        try:
+            slot.replacement = self._fork(slot)
+        except OSError as exc:
+            self._reload_failed(f"a worker cannot be forked: {exc}")
 
     def _next_reload(self) -> None:
         self._reloading.pop(0)
@@ -344,12 +367,29 @@ class Supervisor:
             log.info("reloaded")
             self._end_reload()
 
+    def _reload_failed(self, why: str) -> None:
+        log.error("reload stopped, the old workers and settings stay: %s", why)
+        self.settings = self._settings_before
+        self._end_reload()
+
     def _end_reload(self) -> None:
         self._reloading.clear()
         self.notifier.ready(f"{len(self.slots)} workers on {self.address}")
         for slot in self.slots:
             if slot.current is None and slot.replacement is None and not self._stopping:
                 slot.due = time.monotonic()
+        if self._reload_again:
+            self._reload_again = False
+            self._start_reload()
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return what tells a file from another of the same path."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if path else None
 
 
 def _kill(pid: int, number: signal.Signals) -> None:
@@ -361,5 +401,6 @@ def _kill(pid: int, number: signal.Signals) -> None:
 
 def _died(status: int) -> str:
     if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
+        known = {number.value: number.name for number in signal.Signals}
+        return f"was ended by {known.get(-status, f'signal {-status}')}"
     return f"ended with status {status}"

@@ -30,7 +30,7 @@ STOPPED, FAILED, CANNOT_START = 0, 1, 3
 TICK = 1.0
 REQUEST_SECONDS = 30.0
 """How long a client may take to send its request, and how long a connection may be kept between two."""
-MAX_HEADER = 16_384
+MAX_HEADER = 65_536
 MAX_BODY = 1_048_576
 _DRAIN_STEP = 0.02
 
@@ -80,11 +80,8 @@ class Worker:
         # A terminal that goes away sends it to the whole group; for the supervisor it means to reload.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-        try:
-            self.reader = _open_reader(self.settings, self.hub)
-        except SettingsError as exc:
-            self.report(str(exc))
-            return CANNOT_START
+        listener, url = _listener(self.settings)
+        self.reader = Reader(listener(url, self.hub.deliver), partial(self.hub.reset, "broker-reconnect"))
         self.relay = Relay(self.settings, self.hub, self.reader)
         first: asyncio.Future[BrokerRefused | None] = asyncio.get_running_loop().create_future()
         reading = asyncio.create_task(self.reader.run(first.set_result))
@@ -93,7 +90,11 @@ class Worker:
         ticker.start()
         awaited: set[asyncio.Future[Any]] = {first, reading, stopping}
         await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-        if first.done() and (refused := first.result()):
+        if self._stop.is_set():
+            reading.cancel()
+            return STOPPED
+        refused = first.result() if first.done() else reading.exception()
+        if refused:
             self.report(f"{self.reader.name} refused the connection: {refused}")
             return CANNOT_START
 
@@ -159,8 +160,22 @@ class Worker:
         return cast("list[Subscriber]", list(self.hub))
 
 
-def _open_reader(settings: Settings, hub: Hub) -> Reader:
-    """Return the reader of the broker that ``settings`` name; nothing is connected yet."""
+def check_broker(settings: Settings) -> None:
+    """
+    Load the broker's driver and let it read the URL; nothing is connected.
+
+    Called before the fork, so that the workers share what is loaded, and what is wrong is said once.
+
+    Raises:
+        SettingsError: If no broker is set, its driver is not installed, or it cannot read the URL.
+
+    """
+    listener, url = _listener(settings)
+    listener.check(url)
+
+
+def _listener(settings: Settings) -> tuple[Any, str]:
+    """Return the `Listener` class of the broker that ``settings`` name, and its URL."""
     if settings.broker is None:
         raise SettingsError("no broker is set")
     kind, url = settings.broker
@@ -168,9 +183,9 @@ def _open_reader(settings: Settings, hub: Hub) -> Reader:
         if kind == "redis":
             from .brokers.redis.listener import RedisListener  # noqa: PLC0415
 
-            return Reader(RedisListener(url, hub.deliver), partial(hub.reset, "broker-reconnect"))
+            return RedisListener, url
         from .brokers.postgres.listener import PostgresListener  # noqa: PLC0415
 
-        return Reader(PostgresListener(settings.listen_url, hub.deliver), partial(hub.reset, "broker-reconnect"))
+        return PostgresListener, settings.listen_url
     except ModuleNotFoundError as exc:
         raise SettingsError(f"{exc.name} is not installed; install sse-relay-server[{kind}]") from exc

@@ -87,6 +87,12 @@ class Subscriptions:
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
 
+    def refuse(self, name: str, error: Exception) -> None:
+        """Record that the broker will not send ``name``, and fail the streams that wait for it."""
+        waiter = self._waiters.pop(name, None)
+        if waiter is not None and not waiter.done():
+            _fail(waiter, error)
+
     def lost(self, error: Exception) -> None:
         """Forget what the broker knew, fail who waits with ``error``, and want again what is held."""
         waiters, self._waiters = self._waiters, {}
@@ -96,11 +102,15 @@ class Subscriptions:
         self._to_add.clear()
         for waiter in waiters.values():
             if not waiter.done():
-                waiter.set_exception(error)
-                waiter.exception()  # marks it as seen: a stream that has gone does not look at it
+                _fail(waiter, error)
         for name in self._holders:
             self._want(name)
 
     def _want(self, name: str) -> None:
         self._to_add[name] = None
         self._waiters[name] = asyncio.get_running_loop().create_future()
+
+
+def _fail(waiter: asyncio.Future[None], error: Exception) -> None:
+    waiter.set_exception(error)
+    waiter.exception()  # marks it as seen: a stream that has gone does not look at it

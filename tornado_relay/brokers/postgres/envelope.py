@@ -57,7 +57,8 @@ def wrap(channel: str, payload: str) -> tuple[str, str]:
             f"the event is {MAX_PAYLOAD_BYTES - room:,} bytes of JSON; PostgreSQL's NOTIFY takes at most "
             f"{MAX_PAYLOAD_BYTES:,}. Send a key, and let the page fetch the rest"
         )
-    return target, payload + format(next(_serial) & 0xFFFF, "b").translate(_BLANKS)[:room]
+    blanks = format(next(_serial) & 0xFFFF, "b").translate(_BLANKS)
+    return target, payload + (blanks[-room:] if room else "")  # the last ones change from call to call
 
 
 def unwrap(target: str, payload: str) -> tuple[str, str] | None:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import psycopg2
-from psycopg2.extensions import POLL_OK, POLL_WRITE
+from psycopg2.extensions import POLL_OK, POLL_WRITE, STATUS_READY
 from tornado.ioloop import IOLoop
 
-from ...errors import BrokerRefused, BrokerUnavailable
+from ...errors import BrokerError, BrokerRefused, BrokerUnavailable
 from ..subscriptions import Subscriptions
 from . import dsn, envelope
 
@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 # A LISTEN for each of 1,000 channels in one round trip: one by one, 10,000 take minutes.
 BATCH = 1000
-CONNECT_TIMEOUT = 10.0
+CONNECT_TIMEOUT = 5.0
+"""Seconds for one address."""
+ANSWER_TIMEOUT = 10.0
+"""Seconds for one batch."""
 
 # A server that is starting, stopping or full will be another in a moment; every other FATAL at connect
 # (password, database, pg_hba.conf) needs a person. libpq gives no SQLSTATE here, only this text.
@@ -48,6 +51,11 @@ class PostgresListener:
         # Set when `_serve` has something to look at.
         self._work = asyncio.Event()
 
+    @staticmethod
+    def check(url: str) -> None:
+        """Raise SettingsError if libpq cannot read ``url``."""
+        dsn.complete(url, "")
+
     def audible(self, channels: Iterable[str]) -> tuple[str, ...]:
         """Return ``channels`` and their lower-case twins."""
         return envelope.audible(channels)
@@ -62,28 +70,41 @@ class PostgresListener:
 
     async def session(self, on_up: Callable[[], None]) -> None:
         """Connect, and read until the connection is lost, which raises."""
-        self._error = None
         try:
-            await asyncio.wait_for(self._connect(), CONNECT_TIMEOUT)
+            await self._connect()
             await self._send_all()
             on_up()
             await self._serve()
         except asyncio.TimeoutError as exc:
-            raise BrokerUnavailable(f"no answer in {CONNECT_TIMEOUT:.0f} s") from exc
+            raise BrokerUnavailable("no answer in time") from exc
         except (psycopg2.Error, OSError) as exc:
-            text = " ".join(str(exc).split()) or type(exc).__name__
-            refused = "FATAL:" in text and not any(word in text for word in _PASSING)
-            raise (BrokerRefused if refused else BrokerUnavailable)(text) from exc
+            raise _broker_error(exc) from exc
         finally:
-            self._unwatch()
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._disconnect()
 
     async def _connect(self) -> None:
-        address = await asyncio.get_running_loop().run_in_executor(None, dsn.resolved, self._dsn)
-        self._connection = psycopg2.connect(address, async_=True)
-        await self._finish_command()
+        """Connect to the first address that lets us; raise why the last did not."""
+        errors: list[BrokerError] = []
+        for address in await asyncio.get_running_loop().run_in_executor(None, dsn.addresses, self._dsn):
+            try:
+                self._error = None
+                self._connection = psycopg2.connect(address, async_=True)
+                await asyncio.wait_for(self._finish_command(), CONNECT_TIMEOUT)
+            except asyncio.TimeoutError:
+                errors.append(BrokerUnavailable(f"no answer in {CONNECT_TIMEOUT:.0f} s"))
+            except psycopg2.Error as exc:
+                errors.append(_broker_error(exc))
+            else:
+                return
+            self._disconnect()
+        # Of several servers one may refuse and another be away: then trying again can help.
+        raise next((error for error in errors if isinstance(error, BrokerUnavailable)), errors[-1])
+
+    def _disconnect(self) -> None:
+        self._unwatch()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     async def _serve(self) -> None:
         while True:
@@ -98,12 +119,29 @@ class PostgresListener:
             add, drop = self.subscriptions.take(BATCH)
             if not add and not drop:
                 return
-            commands = [f"UNLISTEN {_quoted(name)}" for name in drop] + [f"LISTEN {_quoted(name)}" for name in add]
+            await self._execute("UNLISTEN", drop)
+            try:
+                await self._execute("LISTEN", add)
+            except psycopg2.DataError:
+                # A name that the database's encoding has no form for. It must fail alone.
+                for name in add:
+                    try:
+                        await self._execute("LISTEN", [name])
+                    except psycopg2.DataError as exc:
+                        self.subscriptions.refuse(name, _broker_error(exc))
+                    else:
+                        self.subscriptions.confirm([name])
+            else:
+                self.subscriptions.confirm(add)
+
+    async def _execute(self, command: str, names: list[str]) -> None:
+        """Run ``command`` for each of ``names``, all in one round trip."""
+        if names:
+            quoted = ['"' + name.replace('"', '""') + '"' for name in names]
             cursor = self._connection.cursor()
-            cursor.execute(";".join(commands))
-            await self._finish_command()
+            cursor.execute(";".join(f"{command} {name}" for name in quoted))
+            await asyncio.wait_for(self._finish_command(), ANSWER_TIMEOUT)
             cursor.close()
-            self.subscriptions.confirm(add)
 
     async def _finish_command(self) -> None:
         self._command = asyncio.get_running_loop().create_future()
@@ -116,8 +154,8 @@ class PostgresListener:
     def _advance(self) -> None:
         try:
             state = self._connection.poll()
-        except (psycopg2.Error, UnicodeError) as exc:
-            self._fail(exc if isinstance(exc, psycopg2.Error) else psycopg2.DataError(str(exc)))
+        except psycopg2.Error as exc:
+            self._fail(exc)
             return
         if self._connection.notifies:
             self._deliver(self._connection.notifies)
@@ -126,9 +164,10 @@ class PostgresListener:
             self._command.set_result(None)
 
     def _fail(self, error: psycopg2.Error) -> None:
-        self._unwatch()
-        self._error = error
-        self._work.set()
+        if self._connection.closed or self._command is None:
+            self._unwatch()
+            self._error = error
+            self._work.set()
         if self._command and not self._command.done():
             self._command.set_exception(error)
 
@@ -144,18 +183,19 @@ class PostgresListener:
         self._on_messages(messages)
 
     def _watch(self, events: int) -> None:
-        # libpq may open another socket for another address of the host while it connects.
-        fileno = self._connection.fileno()
-        if fileno != self._fileno or events != self._watching:
+        # While it connects, libpq may close its socket and open another with the same number.
+        if events != self._watching or self._connection.status != STATUS_READY:
             self._unwatch()
-            self._fileno, self._watching = fileno, events
-            self._loop.add_handler(fileno, lambda _fd, _events: self._advance(), events)
+            self._fileno, self._watching = self._connection.fileno(), events
+            self._loop.add_handler(self._fileno, lambda _fd, _events: self._advance(), events)
 
     def _unwatch(self) -> None:
         if self._fileno >= 0:
             self._loop.remove_handler(self._fileno)
-            self._fileno = -1
+            self._fileno, self._watching = -1, 0
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+def _broker_error(error: Exception) -> BrokerError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    refused = "FATAL:" in text and not any(word in text for word in _PASSING)
+    return (BrokerRefused if refused else BrokerUnavailable)(text)

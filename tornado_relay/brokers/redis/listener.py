@@ -26,8 +26,9 @@ from . import url as urls
 
 log = logging.getLogger(__name__)
 
-# At most this many names in one SUBSCRIBE, and this many replies handed to the loop in one call.
+# At most this many commands sent at a time, and this much handed to the loop in one call.
 BATCH = 1000
+BATCH_BYTES = 1 << 20
 # A connection that is quiet for this many seconds is sent a PING, and given as long again to answer.
 QUIET = 10.0
 
@@ -39,20 +40,30 @@ class RedisListener:
 
     def __init__(self, url: str, on_messages: Callable[[list[tuple[str, str]]], None]) -> None:
         self.subscriptions = Subscriptions()
-        self._pool = urls.pool(url, "sse-relay-server")
+        self._url = url
         self._on_messages = on_messages
         self._loop = IOLoop.current()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-listener")
 
-        # What the thread is to send, each (command, names); a byte in the pipe wakes it. None ends it.
-        self._commands: deque[tuple[str, list[str]] | None] = deque()
+        # What the thread is to send, each (command, channel); a byte in the pipe wakes it. None ends it.
+        self._commands: deque[tuple[str, str] | None] = deque()
         self._wake_read, self._wake_write = os.pipe()
         for fd in (self._wake_read, self._wake_write):
             os.set_blocking(fd, False)
-        # Whether a flush is due in this turn of the loop: streams that open together share a command.
+        # Whether the connection takes commands, and whether a flush is due in this turn of the loop.
+        self._connected = False
         self._flush_due = False
+        # What the thread has read and the loop has not looked at; a batch a turn, so that sockets that can
+        # be written to come in between, and no reader counts as slow for want of a chance.
+        self._inbox: deque[list[Any]] = deque()
+        self._turning = False
         # To be called once all that is held has been confirmed.
         self._on_up: Callable[[], None] | None = None
+
+    @staticmethod
+    def check(url: str) -> None:
+        """Raise SettingsError if redis-py cannot read ``url``."""
+        urls.connection(url, "")
 
     def audible(self, channels: Iterable[str]) -> tuple[str, ...]:
         """Return ``channels``, each once: on Redis nothing folds their names."""
@@ -84,42 +95,57 @@ class RedisListener:
             self._send(None)
             self._executor.shutdown(wait=False)
             raise
+        finally:
+            self._connected = False
 
     def _flush(self) -> None:
         self._flush_due = False
-        while True:
+        # After a loss all that is held is taken anew, and must not be taken for the connection that was lost.
+        while self._connected:
             add, drop = self.subscriptions.take(BATCH)
             if not add and not drop:
                 return
-            for command, names in (("UNSUBSCRIBE", drop), ("SUBSCRIBE", add)):
-                if names:
-                    self._send((command, names))
+            self._commands.extend([("UNSUBSCRIBE", name) for name in drop] + [("SUBSCRIBE", name) for name in add])
+            self._wake()
 
-    def _send(self, command: tuple[str, list[str]] | None) -> None:
+    def _send(self, command: tuple[str, str] | None) -> None:
         self._commands.append(command)
+        self._wake()
+
+    def _wake(self) -> None:
         try:
             os.write(self._wake_write, b"w")
         except BlockingIOError:
             pass  # full of bytes that have yet to wake the thread
 
-    def _connected(self) -> None:
+    def _began(self) -> None:
+        self._connected = True
         self._flush()
         self._check_up()
 
+    def _turn(self) -> None:
+        self._turning = bool(self._inbox)
+        if self._inbox:
+            self._received(self._inbox.popleft())
+            self._loop.add_callback(self._turn)
+
+    def _arrived(self, replies: list[Any]) -> None:
+        self._inbox.append(replies)
+        if not self._turning:
+            self._turn()
+
     def _received(self, replies: list[Any]) -> None:
         messages = []
-        confirmed = []
-        for reply in replies:
-            kind = reply[0]
+        for kind, *rest in replies:
             if kind == b"message":
-                messages.append((reply[1].decode(errors="replace"), reply[2].decode(errors="replace")))
+                messages.append((rest[0].decode(errors="replace"), rest[1].decode(errors="replace")))
             elif kind == b"subscribe":
-                confirmed.append(reply[1].decode())
-            elif kind == b"error":
-                log.error("Redis refused a command: %s", reply[1])
-        if confirmed:
-            self.subscriptions.confirm(confirmed)
-            self._check_up()
+                self.subscriptions.confirm([rest[0].decode()])
+            elif kind == "refused":
+                name, error = rest
+                log.error("Redis refused SUBSCRIBE %s: %s", name, error)
+                self.subscriptions.refuse(name, BrokerUnavailable(error))
+        self._check_up()
         if messages:
             self._on_messages(messages)
 
@@ -132,13 +158,13 @@ class RedisListener:
 
     def _run(self) -> None:
         """Connect and read until the connection is lost, which raises, or until told to end."""
-        connection = self._pool.connection_class(**self._pool.connection_kwargs)
+        connection = urls.connection(self._url, "sse-relay-server")
         try:
             connection.connect()
             # A server that wants a password lets us connect without one, and refuses the first command.
             connection.send_command("PING", check_health=False)
             connection.read_response()
-            self._loop.add_callback(self._connected)
+            self._loop.add_callback(self._began)
             self._read(connection)
         finally:
             connection.disconnect()
@@ -148,6 +174,8 @@ class RedisListener:
         # redis-py has no public way to wait for its socket and something else.
         poller.register(connection._sock, select.POLLIN)  # noqa: SLF001
         poller.register(self._wake_read, select.POLLIN)
+        # The commands that have no reply yet; Redis answers in order, and messages come in between.
+        sent: deque[str] = deque()
         pinged = False
         while True:
             ready = poller.poll(QUIET * 1000)
@@ -155,24 +183,34 @@ class RedisListener:
                 if pinged:
                     raise redis.ConnectionError(f"no answer to PING in {QUIET:.0f} s")
                 connection.send_command("PING", check_health=False)
+                sent.append("")
                 pinged = True
             if any(fd == self._wake_read for fd, _ in ready):
                 os.read(self._wake_read, 65536)
-                while self._commands:
-                    command = self._commands.popleft()
-                    if command is None:
-                        return
-                    connection.send_command(command[0], *command[1], check_health=False)
+                commands = [self._commands.popleft() for _ in range(len(self._commands))]
+                if None in commands:
+                    return
+                # One command a channel: what an ACL forbids must fail alone.
+                connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                sent.extend(name for _, name in commands)  # type: ignore[misc]
             while connection.can_read():
                 pinged = False
-                replies = [_reply(connection)]
-                while len(replies) < BATCH and connection.can_read():
-                    replies.append(_reply(connection))
-                self._loop.add_callback(self._received, replies)
+                self._loop.add_callback(self._arrived, _batch(connection, sent))
 
 
-def _reply(connection: Any) -> Any:
-    try:
-        return connection.read_response(disable_decoding=True)
-    except redis.ResponseError as exc:  # one channel's ACL must not end the connection of all
-        return [b"error", str(exc)]
+def _batch(connection: Any, sent: deque[str]) -> list[Any]:
+    """Return what can be read at once, up to the limits of a batch."""
+    replies: list[Any] = []
+    size = 0
+    while len(replies) < BATCH and size < BATCH_BYTES and connection.can_read():
+        try:
+            reply = connection.read_response(disable_decoding=True)
+        except redis.ResponseError as exc:
+            reply = ["refused", sent.popleft(), str(exc)]
+        else:
+            if reply[0] == b"message":
+                size += len(reply[2])
+            else:
+                sent.popleft()
+        replies.append(reply)
+    return replies

@@ -37,9 +37,26 @@ def pool(url: str, client_name: str) -> redis.ConnectionPool:
         return redis.ConnectionPool.from_url(url, client_name=client_name, **options)
     except ValueError:  # its text may hold a piece of the password
         raise SettingsError(
-            "the Redis URL cannot be read; give redis://user:password@host:6379/0, "
+            "REDIS_URL cannot be read; give redis://user:password@host:6379/0, "
             "with special characters of the password percent-encoded"
         ) from None
+
+
+def connection(url: str, client_name: str) -> Any:
+    """
+    Return a connection of its own for ``url``, not connected yet.
+
+    It speaks protocol 2, whatever ``url`` says: with 3 redis-py hands messages out in another way.
+
+    Raises:
+        SettingsError: If ``url`` has an option that redis-py does not know.
+
+    """
+    made = pool(url, client_name)
+    try:
+        return made.connection_class(**{**made.connection_kwargs, "protocol": 2, "retry": _OPTIONS["retry"]})
+    except (TypeError, ValueError, redis.RedisError) as exc:
+        raise SettingsError(f"REDIS_URL has an option that cannot be used: {exc}") from exc
 
 
 def shown(url: str) -> str:
