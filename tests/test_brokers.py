@@ -1,5 +1,6 @@
 """A relay whose broker goes away and comes back."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pages import Page, Pages
 from relay import Relay
 from servers import PostgresServer, RedisServer, free_port, until
 
+from tornado_relay.brokers.redis.listener import RedisListener
 from tornado_relay.publish import open_publisher
 
 
@@ -154,6 +156,23 @@ def test_redis_url_may_ask_for_protocol_3(redis_server, tmp_path, pages, channel
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         redis_server.publish(channel, "x")
         pages.until(lambda: page.events, "the event")
+
+
+def test_batches_are_handed_on_one_a_turn_of_the_loop():
+    """Sockets that can be written to come in between, so that a burst does not make readers slow."""
+    got = []
+
+    async def main():
+        listener = RedisListener("redis://127.0.0.1:1", got.append)
+        for number in range(3):
+            listener._arrived([[b"message", b"c", b"%d" % number]])  # noqa: SLF001
+        assert got == [[("c", "0")]]
+        for seen in (2, 3):
+            await asyncio.sleep(0)
+            assert len(got) == seen
+
+    asyncio.run(main())
+    assert got == [[("c", "0")], [("c", "1")], [("c", "2")]]
 
 
 def test_loss_while_streams_open_is_mended(broker, tmp_path, pages, channel):
