@@ -61,6 +61,11 @@ class PostgresServer:
         finally:
             connection.close()
 
+    @property
+    def log(self):
+        """What the server has logged, each database's text in its own encoding."""
+        return self.cluster.log.read_text(errors="replace")
+
     def publish(self, channel, payload):
         self.execute("SELECT pg_notify(%s, %s)", channel, payload)
 

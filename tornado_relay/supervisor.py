@@ -8,54 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import mmap
 import os
 import select
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .brokers.backoff import Backoff
 from .errors import SettingsError
+from .process import SIGNALS, Process, died
 from .settings import Settings
 from .sockets import shown
 from .systemd import Notifier
 
 log = logging.getLogger(__name__)
 
-# A loop that has not turned for this long is stuck and its worker is killed.
-STUCK_SECONDS = 15.0
-START_SECONDS = 60.0
-# What a worker gets beyond `drain_seconds` before it is killed.
-GRACE_SECONDS = 5.0
 # A worker that lived this long was healthy: the next restart starts from the shortest delay.
 HEALTHY_SECONDS = 10.0
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
 _FIXED = ("host", "port", "unix_socket", "workers", "embedded", "embedded_dir")
 
 RunWorker = Callable[[Settings, list[socket.socket], Callable[[], None], Callable[[str], None]], int]
-
-
-@dataclasses.dataclass(eq=False)
-class Process:
-    """One forked worker, as the parent sees it."""
-
-    pid: int
-    slot: Slot
-    pipe: int
-    """Here it says, once, that it serves, or why it cannot."""
-    pulse: mmap.mmap
-    """Shared with it: the monotonic time at which its loop last turned."""
-    started: float
-    ready: bool = False
-    told: str = ""
-    drain_seconds: float = 0.0
-    """Of the settings that it was started with."""
-    leaving_since: float | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -94,7 +70,8 @@ class Supervisor:
         self.notifier = notifier
         self.slots = [Slot(number, group) for number, group in enumerate(sockets)]
         self.address = ", ".join(shown(listener) for listener in sockets[0])
-        self.processes: dict[int, Process] = {}
+        # Each with the slot that it was started for.
+        self.processes: dict[int, tuple[Process, Slot]] = {}
 
         # True once every worker has served: from then on a worker that cannot start is tried again.
         self._up = False
@@ -116,11 +93,11 @@ class Supervisor:
         for fd in (self._wake_read, self._wake_write):
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        for queued in _SIGNALS:
+        for queued in SIGNALS:
             signal.signal(queued, lambda *_: None)
         try:
             for slot in self.slots:
-                slot.current = self._fork(slot)
+                slot.due = time.monotonic()
             while self.processes or not self._stopping:
                 for number in self._wait():
                     self._handle(number)
@@ -138,15 +115,17 @@ class Supervisor:
         """Sleep until a signal, a report or the next thing that is due; return the signals."""
         poller = select.poll()
         poller.register(self._wake_read, select.POLLIN)
-        for process in self.processes.values():
+        for process, _ in self.processes.values():
             if process.pipe >= 0:
                 poller.register(process.pipe, select.POLLIN)
         now = time.monotonic()
         due = min((slot.due - now for slot in self.slots if slot.due is not None), default=1.0)
         ready = {fd for fd, _ in poller.poll(max(0.0, min(due, 1.0)) * 1000)}
-        for process in list(self.processes.values()):
+        for process, slot in list(self.processes.values()):
             if process.pipe in ready:
-                self._read_report(process)
+                process.read_report()
+                if process.ready:
+                    self._serves(process, slot)
         return list(os.read(self._wake_read, 4096)) if self._wake_read in ready else []
 
     def _handle(self, number: int) -> None:
@@ -166,79 +145,25 @@ class Supervisor:
             slot.due = None
             for listener in slot.sockets:
                 listener.close()
-        for process in self.processes.values():
-            self._dismiss(process, number)
-
-    def _dismiss(self, process: Process, number: signal.Signals) -> None:
-        if process.leaving_since is None or number == signal.SIGINT:
-            process.leaving_since = process.leaving_since or time.monotonic()
-            _kill(process.pid, number)
+        for process, _ in self.processes.values():
+            process.dismiss(number)
 
     # Workers' lives.
 
     def _fork(self, slot: Slot) -> Process:
-        read, write = os.pipe()
-        pulse = mmap.mmap(-1, 8)
-        now = time.monotonic()
-        struct.pack_into("d", pulse, 0, now)
-        # A signal for the child must not be written to the parent's wakeup pipe, which it has until then.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            pid = os.fork()
-            if pid == 0:
-                os.close(read)
-                self._become_worker(slot, write, pulse)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        os.close(write)
-        process = self.processes[pid] = Process(pid, slot, read, pulse, now, drain_seconds=self.settings.drain_seconds)
-        log.debug("worker %d forked as %d", slot.number, pid)
+        close = [process.close for process, _ in self.processes.values()]
+        close += [listener.close for other in self.slots if other is not slot for listener in other.sockets]
+        close += [partial(os.close, self._wake_read), partial(os.close, self._wake_write)]
+        process = Process(partial(self.run_worker, self.settings, slot.sockets), close, self.settings.drain_seconds)
+        self.processes[process.pid] = process, slot
+        log.debug("worker %d forked as %d", slot.number, process.pid)
         return process
 
-    def _become_worker(self, slot: Slot, pipe: int, pulse: mmap.mmap) -> None:
-        status = 1
-        try:
-            signal.set_wakeup_fd(-1)
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            os.close(self._wake_read)
-            os.close(self._wake_write)
-            for process in self.processes.values():
-                process.pulse.close()
-                if process.pipe >= 0:
-                    os.close(process.pipe)
-            for other in self.slots:
-                if other is not slot:
-                    for listener in other.sockets:
-                        listener.close()
-
-            def beat() -> None:
-                struct.pack_into("d", pulse, 0, time.monotonic())
-
-            def report(trouble: str) -> None:
-                os.write(pipe, (trouble or "ready").encode()[:4096])
-                os.close(pipe)
-
-            status = self.run_worker(self.settings, slot.sockets, beat, report)
-        except BaseException:
-            log.critical("worker %d failed", slot.number, exc_info=True)
-        finally:
-            logging.shutdown()
-            os._exit(status)
-
-    def _read_report(self, process: Process) -> None:
-        told = os.read(process.pipe, 4096).decode()
-        os.close(process.pipe)
-        process.pipe = -1
-        if told != "ready":
-            process.told = told
-            return
-        process.ready = True
-        if process is process.slot.replacement:
-            old, process.slot.current, process.slot.replacement = process.slot.current, process, None
+    def _serves(self, process: Process, slot: Slot) -> None:
+        if process is slot.replacement:
+            old, slot.current, slot.replacement = slot.current, process, None
             if old:
-                self._dismiss(old, signal.SIGTERM)
+                old.dismiss(signal.SIGTERM)
             elif self._reloading:
                 self._next_reload()
         if not self._up and all(slot.current and slot.current.ready for slot in self.slots):
@@ -255,31 +180,27 @@ class Supervisor:
             if not pid:
                 return
             # As PID 1 of a container the parent inherits other processes' orphans: reaped, not counted.
-            if process := self.processes.pop(pid, None):
-                self._gone(process, os.waitstatus_to_exitcode(status))
+            if pid in self.processes:
+                self._gone(*self.processes.pop(pid), os.waitstatus_to_exitcode(status))
 
-    def _gone(self, process: Process, status: int) -> None:
+    def _gone(self, process: Process, slot: Slot, status: int) -> None:
         if process.pipe >= 0:
-            self._read_report(process)
-        process.pulse.close()
-        slot = process.slot
+            process.read_report()
+        process.close()
         if process is slot.replacement:
             slot.replacement = None
             if not self._stopping:
-                self._reload_failed(process.told or f"a new worker {_died(status)}")
+                self._reload_failed(process.trouble or f"a new worker {died(status)}")
         elif process is slot.current:
             slot.current = None
             if process.leaving_since is None and not self._stopping:
-                self._died_by_itself(process, status)
+                self._died_by_itself(process, slot, process.trouble or died(status))
         elif self._reloading and self._reloading[0] is slot and slot.replacement is None:
             self._next_reload()
 
-    def _died_by_itself(self, process: Process, status: int) -> None:
-        slot = process.slot
+    def _died_by_itself(self, process: Process, slot: Slot, how: str) -> None:
         if not self._up:
-            log.critical("cannot start: %s", process.told or f"a worker {_died(status)} while it started")
-            self._exit_status = 1
-            self._stop(signal.SIGTERM)
+            self._cannot_start(process.trouble or f"a worker {how} while it started")
             return
         if slot.replacement:  # the reload under way fills the place
             return
@@ -288,13 +209,12 @@ class Supervisor:
             slot.backoff.reset()
         delay = slot.backoff.next()
         slot.due = now + delay
-        log.error(
-            "worker %d (%d) %s, the next starts in %.1f s",
-            slot.number,
-            process.pid,
-            process.told or _died(status),
-            delay,
-        )
+        log.error("worker %d (%d) %s, the next starts in %.1f s", slot.number, process.pid, how, delay)
+
+    def _cannot_start(self, why: str) -> None:
+        log.critical("cannot start: %s", why)
+        self._exit_status = 1
+        self._stop(signal.SIGTERM)
 
     def _restart_due(self) -> None:
         now = time.monotonic()
@@ -304,6 +224,9 @@ class Supervisor:
                 try:
                     slot.current = self._fork(slot)
                 except OSError as exc:
+                    if not self._up:
+                        self._cannot_start(f"a worker cannot be forked: {exc}")
+                        return
                     delay = slot.backoff.next()
                     slot.due = now + delay
                     log.error("worker %d cannot be forked, next try in %.1f s: %s", slot.number, delay, exc)
@@ -313,19 +236,10 @@ class Supervisor:
         if now - self._last_turn > 5.0:
             self._steady_since = now
         self._last_turn = now
-        for process in self.processes.values():
-            since = process.leaving_since
-            if since is not None and now - max(since, self._steady_since) > process.drain_seconds + GRACE_SECONDS:
-                log.error("worker %d (%d) does not end, killing it", process.slot.number, process.pid)
-                _kill(process.pid, signal.SIGKILL)
-                continue
-            limit = STUCK_SECONDS if process.ready else START_SECONDS
-            last = max(struct.unpack_from("d", process.pulse)[0], self._steady_since)
-            if now - last > limit:
-                log.error(
-                    "worker %d (%d) is stuck for %.0f s, killing it", process.slot.number, process.pid, now - last
-                )
-                _kill(process.pid, signal.SIGKILL)
+        for process, slot in self.processes.values():
+            if why := process.overdue(now, self._steady_since):
+                log.error("worker %d (%d) %s, killing it", slot.number, process.pid, why)
+                process.send(signal.SIGKILL)
 
     # Reload.
 
@@ -390,17 +304,3 @@ def _identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if path else None
-
-
-def _kill(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it ended by itself; `_reap` hears of it
-
-
-def _died(status: int) -> str:
-    if status < 0:
-        known = {number.value: number.name for number in signal.Signals}
-        return f"was ended by {known.get(-status, f'signal {-status}')}"
-    return f"ended with status {status}"
