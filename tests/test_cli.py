@@ -75,50 +75,63 @@ def test_without_a_broker_two_lines_say_what_to_set(tmp_path):
     assert "--embedded" in second
 
 
-def test_notify_and_listen(relay, broker, channel, tmp_path):
-    """What one sends the other prints, as one JSON object a line."""
-    listen = subprocess.Popen(
-        [COMMAND, "listen", channel, "--port", str(relay.port)],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        until(lambda: f"on {channel}" in relay.log, "the stream is open")
-        for event in ('{"event":"e","id":1,"data":"a\\nb"}', '"just text"', "[1, 2]"):
-            assert run("notify", channel, event, cwd=tmp_path, **broker.environment).returncode == 0
-        got = [json.loads(listen.stdout.readline()) for _ in range(3)]
-    finally:
-        listen.send_signal(signal.SIGINT)
-        _, errors = listen.communicate(timeout=10)
-    assert got[0] == {"event": "e", "data": "a\nb", "id": "1"}
-    assert [event["data"] for event in got[1:]] == ["just text", "[1,2]"]
-    assert "Traceback" not in errors
+@pytest.fixture
+def listen(tmp_path):
+    """Start `sse-relay-server listen` with these arguments; ended with the test."""
+    started = []
 
-
-def test_listen_takes_a_url_and_comes_back_after_a_restart(redis_server, channel, tmp_path):
-    """As a browser does."""
-    port = free_port()
-    with Relay(tmp_path, "--workers", "1", port=port, **redis_server.environment) as relay:
-        listen = subprocess.Popen(
-            [COMMAND, "listen", f"{relay.url}/channel={channel}"],
+    def listen(*arguments):
+        process = subprocess.Popen(
+            [COMMAND, "listen", *arguments],
             cwd=tmp_path,
             env=environment(),
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
         )
-        until(lambda: f"on {channel}" in relay.log, "the stream is open")
-    try:
-        with Relay(tmp_path, "--workers", "1", port=port, **redis_server.environment) as relay:
-            until(lambda: f"on {channel}" in relay.log, "it is back")
-            redis_server.publish(channel, "hello")
-            assert json.loads(listen.stdout.readline())["data"] == "hello"
-    finally:
-        listen.kill()
-        listen.communicate()
+        started.append(process)
+        return process
+
+    yield listen
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def opened(relay, channel):
+    until(lambda: f"on {channel}" in relay.log, "the stream is open")
+
+
+def next_data(listening):
+    return json.loads(listening.stdout.readline())["data"]
+
+
+def test_notify_and_listen(relay, broker, channel, tmp_path, listen):
+    """What one sends the other prints, as one JSON object a line, until it is interrupted."""
+    listening = listen(channel, "--port", str(relay.port))
+    opened(relay, channel)
+    for event in ('{"event":"e","id":1,"data":"a\\nb"}', '"just text"', "[1, 2]"):
+        assert run("notify", channel, event, cwd=tmp_path, **broker.environment).returncode == 0
+    assert json.loads(listening.stdout.readline()) == {"event": "e", "data": "a\nb", "id": "1"}
+    assert [next_data(listening), next_data(listening)] == ["just text", "[1,2]"]
+    listening.send_signal(signal.SIGINT)
+    assert listening.wait(10) == 130
+    assert "Traceback" not in listening.stderr.read()
+
+
+def test_listen_takes_a_url_and_comes_back_after_a_restart(redis_server, channel, tmp_path, listen):
+    """As a browser does, and says why it waits."""
+    port = free_port()
+    with Relay(tmp_path, "--workers", "1", port=port, **redis_server.environment) as relay:
+        listening = listen(f"{relay.url}/channel={channel}")
+        opened(relay, channel)
+    lines = [listening.stderr.readline() for _ in range(3)]
+    assert "the stream ended; trying again" in lines[1]
+    assert "no relay at" in lines[2]
+    with Relay(tmp_path, "--workers", "1", port=port, **redis_server.environment) as relay:
+        opened(relay, channel)
+        redis_server.publish(channel, "hello")
+        assert next_data(listening) == "hello"
 
 
 def test_listen_says_when_the_relay_refuses(redis_server, tmp_path):
@@ -130,26 +143,13 @@ def test_listen_says_when_the_relay_refuses(redis_server, tmp_path):
     assert "control character" in done.stderr
 
 
-def test_listen_takes_any_text_in_a_url_and_says_why_it_waits(redis_server, channel, tmp_path):
-    """Blanks and letters of any script; and a relay that is not there is no silence."""
+def test_listen_takes_any_text_in_a_url(redis_server, channel, tmp_path, listen):
+    """Blanks, and letters of any script."""
     with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
-        listen = subprocess.Popen(
-            [COMMAND, "listen", f"{relay.url}/channel={channel} café"],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        until(lambda: f"on {channel} café" in relay.log, "the stream is open")
+        listening = listen(f"{relay.url}/channel={channel} café")
+        opened(relay, f"{channel} café")
         redis_server.publish(f"{channel} café", "hello")
-        assert json.loads(listen.stdout.readline())["data"] == "hello"
-        relay.stop()
-        lines = [listen.stderr.readline() for _ in range(3)]
-        listen.kill()
-        listen.communicate()
-    assert "the stream ended; trying again" in lines[1]
-    assert "no relay at" in lines[2]
+        assert next_data(listening) == "hello"
 
 
 def test_listen_refuses_what_is_no_address(tmp_path):
@@ -160,23 +160,14 @@ def test_listen_refuses_what_is_no_address(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_listen_uses_the_unix_socket(redis_server, channel, tmp_path):
+def test_listen_uses_the_unix_socket(redis_server, channel, tmp_path, listen):
     """Where the relay has no port."""
     path = str(tmp_path / "s")
     with Relay(tmp_path, "--workers", "1", unix_socket=path, **redis_server.environment) as relay:
-        listen = subprocess.Popen(
-            [COMMAND, "listen", channel, "--unix-socket", path],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        until(lambda: f"on {channel}" in relay.log, "the stream is open")
+        listening = listen(channel, "--unix-socket", path)
+        opened(relay, channel)
         redis_server.publish(channel, "hello")
-        assert json.loads(listen.stdout.readline())["data"] == "hello"
-        listen.kill()
-        listen.communicate()
+        assert next_data(listening) == "hello"
 
 
 @pytest.mark.parametrize(
