@@ -182,7 +182,9 @@ def test_loss_while_streams_open_is_mended(broker, tmp_path, pages, channel):
             with Pages() as opening:
                 for number in range(12):
                     opening.all.append(Page(relay.port, f"/channel={channel}-{attempt}-{number}"))
+                noticed = relay.log.count("is not reachable")
                 end_listeners(broker)
+                until(lambda: relay.log.count("is not reachable") > noticed, f"loss {attempt} is noticed")
                 until(lambda: ready(relay, pages), f"ready after loss {attempt}")
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         broker.publish(channel, "x")
