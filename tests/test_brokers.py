@@ -178,6 +178,7 @@ def test_batches_are_handed_on_one_a_turn_of_the_loop():
 def test_loss_while_streams_open_is_mended(broker, tmp_path, pages, channel):
     """However often the connection is lost while new channels are asked for, the worker is ready again."""
     with Relay(tmp_path, "--workers", "1", **broker.environment) as relay:
+        pages.open(relay.port, [f"/channel={channel}-held"])
         for attempt in range(5):  # the back-off grows with each
             with Pages() as opening:
                 for number in range(12):
