@@ -48,6 +48,18 @@ def test_end_before_it_serves_leaves_no_server(folder, tmp_path):
         pass
 
 
+def test_start_survives_a_port_file_cut_short(folder):
+    """A power cut may leave it empty: the server starts all the same, on a free port."""
+    cluster = Cluster(folder, wheel_binaries(folder))
+    cluster.create()
+    (folder / "port").touch()
+    cluster.start()
+    try:
+        assert cluster.running
+    finally:
+        cluster.stop()
+
+
 def test_data_is_private(folder):
     """Folder and password are for the server's user alone, who is never root."""
     cluster = Cluster(folder, wheel_binaries(folder))

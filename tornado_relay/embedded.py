@@ -11,6 +11,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -94,11 +95,16 @@ class Cluster:
             SettingsError: If it does not start; the text shows the end of its log.
 
         """
-        port = self._port_file.read_text().strip() if self._port_file.exists() else "0"
-        self._port_file.write_text(str(_free_port(int(port))))
-        options = {"port": self._port_file.read_text(), **options}
-        arguments = " ".join(f"-c {name}={value}" for name, value in options.items())
-        self._run("pg_ctl", "start", "-w", "-t", "60", "-D", self.data, "-l", self.log, "-o", arguments)
+        # A start cut in its middle leaves a server that has no pid file yet, so that nothing could find and stop it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            port = self._port_file.read_text().strip() if self._port_file.exists() else ""
+            self._port_file.write_text(str(_free_port(int(port or 0))))
+            options = {"port": self._port_file.read_text(), **options}
+            arguments = " ".join(f"-c {name}={value}" for name, value in options.items())
+            self._run("pg_ctl", "start", "-w", "-t", "60", "-D", self.data, "-l", self.log, "-o", arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server; ``mode`` is pg_ctl's: smart, fast or immediate."""
