@@ -42,7 +42,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["tornado_relay", "tornado_relay.*"]),
     py_modules=["sse_relay_server"],
-    package_data={"tornado_relay": ["static/*", "py.typed"]},
+    package_data={"tornado_relay": ["static/*", "sql/*", "lua/*", "py.typed"]},
     python_requires=">=3.10",
     install_requires=["tornado>=6.4", "python-dotenv>=1.0"],
     extras_require=EXTRAS,

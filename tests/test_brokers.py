@@ -12,6 +12,7 @@ from pages import Page, Pages
 from relay import Relay
 from servers import PostgresServer, RedisServer, free_port, until
 
+from tornado_relay.brokers.message import Message
 from tornado_relay.brokers.redis.listener import RedisListener
 from tornado_relay.publish import open_publisher
 
@@ -166,13 +167,13 @@ def test_batches_are_handed_on_one_a_turn_of_the_loop():
         listener = RedisListener("redis://127.0.0.1:1", got.append)
         for number in range(3):
             listener._arrived([[b"message", b"c", b"%d" % number]])  # noqa: SLF001
-        assert got == [[("c", "0")]]
+        assert got == [[Message("c", "0")]]
         for seen in (2, 3):
             await asyncio.sleep(0)
             assert len(got) == seen
 
     asyncio.run(main())
-    assert got == [[("c", "0")], [("c", "1")], [("c", "2")]]
+    assert got == [[Message("c", str(number))] for number in range(3)]
 
 
 def test_loss_while_streams_open_is_mended(broker, tmp_path, pages, channel):

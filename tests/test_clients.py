@@ -16,6 +16,8 @@ from programs import program
 from relay import Relay
 from servers import until
 
+from tornado_relay.handlers import NO_HISTORY
+
 EVENTS = [
     {"event": "NEW_NOTIFICATION", "id": 1, "data": {"message": "A new notification"}},
     {"data": 'two\nlines, it\'s 🎉 "quoted"'},
@@ -151,7 +153,11 @@ def test_chromium(broker, channel, tmp_path, site, browse):
         assert site.reports[1:] == RECEIVED
         for worker in relay.workers():
             os.kill(worker, signal.SIGKILL)
-        until(lambda: site.reports[-2:] == ["reconnecting", "open"], "the page is back")
+        until(
+            lambda: site.reports[-1][0] == "stream-reset",
+            "the page is back, and told that it may have missed something",
+        )
+        assert site.reports[-3:-1] == ["reconnecting", "open"]
         broker.publish(channel, "again")
         until(lambda: site.reports[-1][1] == "again", "the next event")
 
@@ -183,7 +189,7 @@ def test_chromium_outlives_a_broker_that_is_away(home, channel, tmp_path, site, 
         try:
             until(lambda: f"stream opened: 127.0.0.1 on {channel}" in relay.log, "the page has its stream", seconds=30)
             server.publish(channel, "hello")
-            until(lambda: ["message", "hello", ""] in site.reports, "the event")
+            until(lambda: ["message", "hello", NO_HISTORY] in site.reports, "the event")
             assert "closed for good" not in site.reports
         finally:
             server.stop()

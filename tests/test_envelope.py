@@ -18,8 +18,8 @@ def test_every_channel_and_event_comes_back(channel, event):
     """What is wrapped fits PostgreSQL's channel limit, and is unwrapped to the same channel and event."""
     target, payload = wrap(channel, json.dumps(event))
     assert len(target.encode()) <= 63
-    name, text = unwrap(target, payload)
-    assert (name, json.loads(text)) == (channel, event)
+    message = unwrap(target, payload)
+    assert (message.channel, json.loads(message.payload)) == (channel, event)
 
 
 def test_short_names_travel_as_they_are():

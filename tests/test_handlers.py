@@ -31,11 +31,11 @@ def relay(io_loop, settings, redis_url):
     hub = Hub()
 
     async def make():
-        reader = Reader(RedisListener(redis_url, hub.deliver), lambda: None)
+        reader = Reader(RedisListener(redis_url, hub.deliver), lambda again: None, lambda: None)
         first = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(reader.run(first.set_result))
         await first
-        return Relay(settings, hub, reader), task
+        return Relay(settings, hub, reader, None), task
 
     async def end():
         task.cancel()

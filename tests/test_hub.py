@@ -2,6 +2,7 @@ import random
 
 import pytest
 
+from tornado_relay.brokers.message import Message
 from tornado_relay.hub import Hub
 
 
@@ -9,6 +10,7 @@ class Sink:
     def __init__(self, *channels):
         self.channels = self.audible = channels
         self.sent = []
+        self.position = 0
 
     def send(self, data):
         self.sent.append(data)
@@ -28,14 +30,14 @@ def joined(hub, *channels):
 def test_event_reaches_its_channel_only(hub):
     """A stream gets what it subscribed to."""
     a, b = joined(hub, "a"), joined(hub, "b")
-    hub.deliver([("a", "x")])
+    hub.deliver([Message("a", "x")])
     assert (a.sent, b.sent) == ([b"data: x\n\n"], [])
 
 
 def test_batch_is_one_write_of_shared_bytes(hub):
     """Events that wait are one send, and all streams of a channel get the very same object."""
     a, b = joined(hub, "a"), joined(hub, "a")
-    hub.deliver([("a", "1"), ("a", "2")])
+    hub.deliver([Message("a", "1"), Message("a", "2")])
     assert a.sent == [b"data: 1\n\ndata: 2\n\n"]
     assert a.sent[0] is b.sent[0]
 
@@ -50,14 +52,14 @@ def test_frame_is_encoded_once_for_all_streams(hub, monkeypatch):
     for _ in range(100):
         joined(hub, "a")
         joined(hub, "a", "b")
-    hub.deliver([("a", "x"), ("nobody", "x")])
+    hub.deliver([Message("a", "x"), Message("nobody", "x")])
     assert len(calls) == 1
 
 
 def test_order_across_channels_is_the_brokers(hub):
     """A stream on several channels gets a batch in its order, in one send."""
     sink = joined(hub, "a", "b", "c")
-    batch = [(random.choice("abc"), str(number)) for number in range(50)]
+    batch = [Message(random.choice("abc"), str(number)) for number in range(50)]
     hub.deliver(batch)
     assert sink.sent == [b"".join(b"data: %d\n\n" % number for number in range(50))]
 
@@ -65,7 +67,7 @@ def test_order_across_channels_is_the_brokers(hub):
 def test_event_reaches_a_stream_once(hub):
     """Also one that hears the channel by two names."""
     sink = joined(hub, "Orders", "orders")
-    hub.deliver([("orders", "x")])
+    hub.deliver([Message("orders", "x")])
     assert sink.sent == [b"data: x\n\n"]
 
 
@@ -76,7 +78,7 @@ def test_removed_stream_gets_nothing_and_is_forgotten(hub):
     assert hub.remove(sink)
     assert not hub.remove(sink)
     assert hub.remove(other)
-    hub.deliver([("a", "x"), ("b", "x")])
+    hub.deliver([Message("a", "x"), Message("b", "x")])
     assert (sink.sent, other.sent, len(hub), list(hub)) == ([], [], 0, [])
     assert not hub._solo  # noqa: SLF001
     assert not hub._mixed  # noqa: SLF001
@@ -92,8 +94,8 @@ def test_stream_that_leaves_while_it_is_sent_to_disturbs_no_other(hub):
     hub.add(Leaving("a"))
     stays = joined(hub, "a")
     hub.add(Leaving("a"))
-    hub.deliver([("a", "x")])
-    hub.broadcast(b":\n\n")
+    hub.deliver([Message("a", "x")])
+    hub.heartbeat()
     assert stays.sent == [b"data: x\n\n", b":\n\n"]
 
 

@@ -257,8 +257,8 @@ def test_equal_events_of_one_transaction_are_both_delivered(postgres_server, tmp
     with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         with psycopg2.connect(postgres_server.url) as connection, connection.cursor() as cursor:
-            execute(cursor, channel, '{"data":"+1"}')
-            execute(cursor, channel, '{"data":"+1"}')
+            execute(cursor, "a database", channel, '{"data":"+1"}', None)
+            execute(cursor, "a database", channel, '{"data":"+1"}', None)
         connection.close()
         pages.until(lambda: len(page.events) == 2, "both events")
 

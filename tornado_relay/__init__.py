@@ -1,7 +1,7 @@
 """
 A real-time relay: events from PostgreSQL or Redis to browsers, as Server-Sent Events.
 
-``notify()`` is all that an application needs. Importing this package starts nothing, reads no environment
+``notify()`` is what an application needs, and ``current_event_id()`` where a page is to miss nothing. Importing this package starts nothing, reads no environment
 and loads no Tornado.
 """
 
@@ -15,7 +15,7 @@ from .errors import (
     RelayError,
     SettingsError,
 )
-from .publish import notify
+from .publish import current_event_id, notify
 
 __version__ = "2.0.0.dev0"
 
@@ -29,5 +29,6 @@ __all__ = [
     "RelayError",
     "SettingsError",
     "__version__",
+    "current_event_id",
     "notify",
 ]

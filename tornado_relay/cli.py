@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from . import __version__, channels, embedded, events, eventsource, findings, logs, settings, sockets, systemd
+from . import __version__, channels, embedded, events, eventsource, findings, logs, schema, settings, sockets, systemd
 from .errors import RelayError, SettingsError
 from .publish import open_publisher
 from .settings import FIELDS, Settings
@@ -48,13 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def _run(command: str | None, options: dict[str, str], load: Callable[[], Settings], env_file: str | None) -> int:
+def _run(command: str | None, options: dict[str, Any], load: Callable[[], Settings], env_file: str | None) -> int:
     if command == "notify":
         return _notify(load(), options["channel"], options["event"])
     if command == "listen":
         return _listen(load(), options["target"])
     if command == "check":
         return _check(load)
+    if command == "init-db":
+        return _init_db(load, print_sql=bool(options["print_sql"]))
     return _serve(load, env_file)
 
 
@@ -105,9 +107,20 @@ def _notify(current: Settings, channel: str, event: str) -> int:
         payload = json.loads(event)
     except (ValueError, RecursionError) as exc:
         raise SettingsError(f"EVENT is not JSON: {exc}; a plain text is given as '\"text\"'") from exc
-    text = events.serialize(payload if isinstance(payload, dict) else {"data": payload})
+    payload = payload if isinstance(payload, dict) else {"data": payload}
+    text = events.serialize(payload)
     channels.check(channel)
-    open_publisher(*_require_broker(current)).publish(channel, text)
+    open_publisher(*_require_broker(current)).publish(channel, text, events.own_id(payload))
+    return 0
+
+
+def _init_db(load: Callable[[], Settings], *, print_sql: bool) -> int:
+    if print_sql:
+        print(schema.script(), end="")
+        return 0
+    for line in schema.install(load().history_url):
+        print(line, flush=True)
+    print(f"\nTo use it, start the relay with RELAY_HISTORY, such as RELAY_HISTORY=1000.\n\n{schema.grants()}", end="")
     return 0
 
 
@@ -251,6 +264,8 @@ def _parser() -> argparse.ArgumentParser:
         "target", metavar="URL-or-CHANNEL", help="a stream's URL, or a channel of the relay on this machine"
     )
     command("check", "show the settings, send an event through each broker, and exit with 1 if anything fails")
+    init = command("init-db", "set up, or bring up to date, the history of events in PostgreSQL (RELAY_HISTORY)")
+    init.add_argument("--print-sql", action="store_true", help="print the SQL for psql, and connect to nothing")
     return parser
 
 

@@ -12,15 +12,17 @@ a line break inside ``event`` or ``id`` would start a field of the sender's choi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from .errors import EventError
+from .errors import EventError, PayloadTooLarge
 
 KEYS = ("event", "id", "data", "retry", "comment", "sep")
+MAX_KEPT_BYTES = 1_048_576
+MAX_OWN_ID = 200
 SEPARATORS = ("\n", "\r\n", "\r")
 
 _KEY_SET = frozenset(KEYS)
@@ -29,7 +31,7 @@ _BREAKS_A_FIELD = re.compile("[\r\n\0]")
 _DIGITS = re.compile("[0-9]{1,15}")  # re's \d would let other scripts' digits in; browsers want ASCII
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Event:
     """One Server-Sent Event; a field that is None is not sent."""
 
@@ -71,6 +73,27 @@ def serialize(payload: Mapping[str, Any]) -> str:
     if payload.get("sep") not in (None, *SEPARATORS):
         raise EventError(f"sse_payload['sep'] is {payload['sep']!r}; it must be '\\n', '\\r\\n' or '\\r'")
     return "{" + ",".join(f'"{key}":{_to_json(key, value)}' for key, value in payload.items()) + "}"
+
+
+def own_id(payload: Mapping[str, Any]) -> str | None:
+    """Return the id that a checked event has of its publisher's own, if a history is to find the event by it."""
+    text = str(payload["id"]) if payload.get("id") is not None else ""
+    return text if 0 < len(text) <= MAX_OWN_ID else None
+
+
+def check_kept_size(payload: str) -> None:
+    """
+    Check the JSON of an event that a history is to keep.
+
+    Raises:
+        PayloadTooLarge: If it is over 1 MiB.
+
+    """
+    if (size := len(payload.encode())) > MAX_KEPT_BYTES:
+        raise PayloadTooLarge(
+            f"the event is {size:,} bytes of JSON; {MAX_KEPT_BYTES:,} is the limit. "
+            "Send a key, and let the page fetch the rest"
+        )
 
 
 def parse(payload: str) -> Event:
@@ -117,6 +140,27 @@ def encode(event: Event) -> bytes:
         return text.encode()
     except UnicodeEncodeError:  # half a surrogate pair from a \u escape: UTF-8 has no form for it
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def frame(payload: str, kept_as: str = "") -> bytes:
+    """
+    Return the frame of a broker's payload.
+
+    Where a history knows the event as ``kept_as`` that goes with it, so that a browser that comes back says how
+    far it got. An id of the publisher's own stays; ours follows in a block of its own, which moves a
+    browser's last event id and fires nothing (HTML standard, "dispatch the event").
+    """
+    event = parse(payload)
+    if not kept_as:
+        return encode(event)
+    if event.id is None:
+        return encode(dataclasses.replace(event, id=kept_as))
+    return encode(event) + position(kept_as)
+
+
+def position(event_id: str) -> bytes:
+    """Return the block that makes ``event_id`` a browser's last event id."""
+    return b"id: %b\n\n" % event_id.encode()
 
 
 def stream_reset(reason: str, channels: tuple[str, ...]) -> bytes:

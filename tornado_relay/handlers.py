@@ -13,10 +13,11 @@ from tornado.ioloop import IOLoop
 from tornado.iostream import StreamClosedError
 from tornado.web import Application, HTTPError, RequestHandler
 
-from . import __version__, access, channels
+from . import __version__, access, channels, events
 from .brokers.reader import Reader
-from .errors import BrokerUnavailable, ChannelError
+from .errors import BrokerError, BrokerUnavailable, ChannelError
 from .hub import Hub
+from .replay import Replay
 from .settings import Settings
 from .subscriber import Subscriber
 
@@ -29,16 +30,21 @@ MAX_CHANNELS = 100
 # pages of a worker that died do not come in the same instant.
 RETRY = (2_000, 5_000)
 
+# The id of streams that no history can bring up to date: one that comes back with it is told so.
+NO_HISTORY = "none"
+
 _STATIC = Path(__file__).parent / "static"
 
 
 class Relay:
     """What the handlers of one worker share."""
 
-    def __init__(self, settings: Settings, hub: Hub, reader: Reader) -> None:
+    def __init__(self, settings: Settings, hub: Hub, reader: Reader, replay: Replay | None) -> None:
         self.settings = settings
         self.hub = hub
         self.reader = reader
+        # None where no history is to be used.
+        self.replay = replay
         self.origins = access.Origins(settings.allowed_origins)
         # Set at the start of a drain: no stream is opened from then on.
         self.draining = False
@@ -182,8 +188,14 @@ class StreamHandler(RelayHandler):
             on_close=self._closed,
         )
         try:
-            await relay.reader.subscribe(subscriber.audible)
+            known = await relay.reader.subscribe(subscriber.audible)
         except BrokerUnavailable as exc:
+            await self._refuse_softly(str(exc))
+            return
+        try:
+            last = await self._last_position(subscriber.audible, known)
+        except BrokerError as exc:
+            relay.reader.release(subscriber.audible)
             await self._refuse_softly(str(exc))
             return
         if self.gone or relay.draining:
@@ -191,13 +203,47 @@ class StreamHandler(RelayHandler):
             if not self.gone:
                 await self._refuse_softly("the worker is draining")
             return
-        head = relay.head(self.origin) + b": sse-relay-server\nretry: %d\n\n" % random.randint(*RETRY)
         # Nothing may await from here on: an event that comes after the head must find the stream in the hub.
-        if subscriber.open(self.detach(), head, relay.settings.client_buffer, loop.time()):
-            relay.hub.add(subscriber)
-            log.info("stream opened: %s", subscriber)
+        begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
+        if last is None:
+            newest = relay.replay.newest if relay.replay else None
+            subscriber.position = newest.seq if newest else 0
+            begin += events.position(str(newest or NO_HISTORY))
+            if self._last_event_id:
+                begin += events.stream_reset("unknown-id", wanted)
         else:
+            subscriber.position = last
+            begin += b"\n"
+        if not subscriber.open(
+            self.detach(), relay.head(self.origin) + begin, relay.settings.client_buffer, loop.time()
+        ):
             relay.reader.release(subscriber.audible)
+            return
+        log.info("stream opened: %s", subscriber)
+        if relay.replay:
+            relay.replay.admit(subscriber, behind=last is not None)
+        else:
+            relay.hub.add(subscriber)
+
+    @property
+    def _last_event_id(self) -> str:
+        """What the browser had last: the header, which it sends when it reconnects, is newer than the address."""
+        header = self.request.headers.get("Last-Event-ID", "")
+        try:
+            sent = header.encode("latin-1").decode()  # browsers send UTF-8
+        except UnicodeError:
+            sent = header
+        return sent or self.get_query_argument("last_event_id", "")
+
+    async def _last_position(self, audible: tuple[str, ...], known: bool) -> int | None:
+        """Return where in the history the stream comes back to, or None if it begins now."""
+        replay = self.relay.replay
+        if replay is None:
+            return None
+        last = await replay.find(self._last_event_id, audible) if self._last_event_id else None
+        if last is None and not (known and replay.newest):
+            await replay.refresh()
+        return last
 
     async def head(self, path_channel: str | None = None) -> None:
         self._channels(path_channel)

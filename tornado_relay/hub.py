@@ -6,6 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from . import events
+from .brokers.message import Message
+
+# Channels whose events no history keeps are remembered, so that a stream on them that was away is told; this many.
+MAX_UNKEPT = 10_000
 
 
 class Sink(Protocol):
@@ -15,6 +19,8 @@ class Sink(Protocol):
     """The channels that its page asked for."""
     audible: tuple[str, ...]
     """Those, and their twins: the channels whose events it gets."""
+    position: int
+    """The place in the history up to which it has everything; 0 without one."""
 
     def send(self, data: bytes) -> None:
         """Write ``data`` or queue it; never raises and never blocks."""
@@ -26,14 +32,30 @@ class Hub:
 
     Within a stream, events keep the order in which the broker gave them, also across its channels. All
     that one batch holds for a stream goes out in one `Sink.send`.
+
+    With ``history`` events carry the ids that the history gave them. A stream is *held* while it is brought
+    up to date, and then *joins*.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, history: bool = False) -> None:
+        self.history = history
+        # The last message that was delivered of those that a history keeps, by number and by id.
+        self.seq = 0
+        self.id = ""
+        # Channels with events that no history keeps, the newest last.
+        self.unkept: dict[str, None] = {}
+
         # Streams on this channel alone, which share one piece of bytes; dicts as ordered sets.
         self._solo: dict[str, dict[Sink, None]] = {}
         # Streams on this and other channels, for which each batch is put together one by one.
         self._mixed: dict[str, dict[Sink, None]] = {}
-        self._sinks: dict[Sink, None] = {}
+        # Streams that the history has brought further than the broker's messages have come. What they have
+        # already must not come again.
+        self._ahead: dict[str, dict[Sink, None]] = {}
+        # All streams, and which of the three maps each is in; None for those that are held.
+        self._sinks: dict[Sink, dict[str, dict[Sink, None]] | None] = {}
+        # What has been delivered since `record`, of the channels that it was given.
+        self._recording: dict[str, list[tuple[int, bytes]]] = {}
 
     def __len__(self) -> int:
         return len(self._sinks)
@@ -41,38 +63,67 @@ class Hub:
     def __iter__(self) -> Iterator[Sink]:
         return iter(list(self._sinks))
 
+    def __contains__(self, sink: object) -> bool:
+        return sink in self._sinks
+
     def add(self, sink: Sink) -> None:
         """Deliver to ``sink`` from now on."""
-        self._sinks[sink] = None
-        audience = self._audience(sink)
-        for channel in sink.audible:
-            audience.setdefault(channel, {})[sink] = None
+        self._place(sink, self._solo if len(sink.audible) == 1 else self._mixed)
+
+    def join(self, sink: Sink) -> None:
+        """Deliver to ``sink`` what is behind its position, from now on."""
+        if sink.position > self.seq:
+            self._place(sink, self._ahead)
+        else:
+            self.add(sink)
+
+    def hold(self, sink: Sink) -> None:
+        """Deliver nothing to ``sink`` for the time being."""
+        self._place(sink, None)
+
+    def hold_all(self) -> list[Sink]:
+        """Hold every stream, each with the position that it has now, and return those that were not held."""
+        held = [sink for sink, place in self._sinks.items() if place is not None]
+        for sink in held:
+            sink.position = max(sink.position, self.seq)
+            self.hold(sink)
+        return held
 
     def remove(self, sink: Sink) -> bool:
         """Stop delivering to ``sink``; return whether it was still there."""
         if sink not in self._sinks:
             return False
+        self._place(sink, None)
         del self._sinks[sink]
-        audience = self._audience(sink)
-        for channel in sink.audible:
-            del audience[channel][sink]
-            if not audience[channel]:
-                del audience[channel]
         return True
 
-    def deliver(self, messages: Iterable[tuple[str, str]]) -> None:
-        """Send a batch of (channel, broker payload), each encoded once for all its streams."""
+    def record(self, channels: Iterable[str]) -> dict[str, list[tuple[int, bytes]]]:
+        """Collect number and frame of what is delivered on ``channels``, in place of what was recorded until now."""
+        self._recording = {channel: [] for channel in channels}
+        return self._recording
+
+    def deliver(self, messages: Iterable[Message]) -> None:
+        """Send a batch of messages, each encoded once for all its streams."""
         shared: dict[str, list[bytes]] = {}
         own: dict[Sink, list[bytes]] = {}
-        for channel, payload in messages:
-            solo, mixed = self._solo.get(channel), self._mixed.get(channel)
-            if solo is None and mixed is None:
+        for message in messages:
+            channel, seq = message.channel, message.seq
+            if seq and self.history:
+                self._advance(message)
+            solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
+            recording = self._recording.get(channel) if seq else None
+            if solo is None and mixed is None and ahead is None and recording is None:
                 continue
-            frame = events.encode(events.parse(payload))
+            frame = self._frame(message)
+            if recording is not None:
+                recording.append((seq, frame))
             if solo is not None:
                 shared.setdefault(channel, []).append(frame)
             for sink in mixed or ():
                 own.setdefault(sink, []).append(frame)
+            for sink in ahead or ():
+                if not seq or seq > sink.position:
+                    own.setdefault(sink, []).append(frame)
         for channel, frames in shared.items():
             data = b"".join(frames)
             # A stream that is cut while it is sent to leaves the dict, hence the copy.
@@ -80,16 +131,62 @@ class Hub:
                 sink.send(data)
         for sink, frames in own.items():
             sink.send(b"".join(frames))
+        if self._ahead:
+            self._settle()
 
-    def broadcast(self, data: bytes) -> None:
-        """Send ``data`` to every stream."""
-        for sink in self:
-            sink.send(data)
+    def heartbeat(self) -> None:
+        """Send every stream a comment, and the newest id to those that have all up to it, so that they come back there."""
+        here = b":\n" + events.position(self.id) if self.history and self.id else b":\n\n"
+        for sink, place in list(self._sinks.items()):
+            sink.send(here if place is not None and sink.position <= self.seq else b":\n\n")
 
     def reset(self, reason: str) -> None:
         """Tell every stream that it may have missed events, and on which of its channels."""
         for sink in self:
             sink.send(events.stream_reset(reason, sink.channels))
 
-    def _audience(self, sink: Sink) -> dict[str, dict[Sink, None]]:
-        return self._solo if len(sink.audible) == 1 else self._mixed
+    def restart(self, reason: str, position: int) -> None:
+        """Tell every stream so, and put all at ``position``: what they had before is of another history."""
+        self.reset(reason)
+        self.seq, self.id = 0, ""
+        for sink, place in list(self._sinks.items()):
+            sink.position = position
+            if place is self._ahead:
+                self.add(sink)
+
+    def _advance(self, message: Message) -> None:
+        if message.seq <= self.seq:
+            self.restart("history-lost", message.seq - 1)
+        self.seq, self.id = message.seq, message.id
+
+    def _frame(self, message: Message) -> bytes:
+        if message.payload is None:
+            return events.stream_reset("unreadable-payload", (message.channel,))
+        if not self.history:
+            return events.frame(message.payload)
+        if not message.seq:
+            self._note_unkept(message.channel)
+        return events.frame(message.payload, message.id)
+
+    def _place(self, sink: Sink, place: dict[str, dict[Sink, None]] | None) -> None:
+        before = self._sinks.get(sink)
+        if before is not None:
+            for channel in sink.audible:
+                del before[channel][sink]
+                if not before[channel]:
+                    del before[channel]
+        self._sinks[sink] = place
+        if place is not None:
+            for channel in sink.audible:
+                place.setdefault(channel, {})[sink] = None
+
+    def _settle(self) -> None:
+        for sink in dict.fromkeys(sink for sinks in self._ahead.values() for sink in sinks):
+            if sink.position <= self.seq:
+                self.add(sink)
+
+    def _note_unkept(self, channel: str) -> None:
+        if channel not in self.unkept:
+            self.unkept[channel] = None
+            if len(self.unkept) > MAX_UNKEPT:
+                del self.unkept[next(iter(self.unkept))]

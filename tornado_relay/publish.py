@@ -18,8 +18,14 @@ from .errors import SettingsError
 class Publisher(Protocol):
     """A broker as ``notify()`` uses it."""
 
-    def publish(self, channel: str, payload: str) -> None:
+    def publish(self, channel: str, payload: str, own_id: str | None = None) -> None:
         """Send one event; see the brokers' publishers for what they raise."""
+
+    def check(self, channel: str, payload: str) -> None:
+        """Raise now what `publish` would of an event's size."""
+
+    def newest(self) -> str:
+        """Return the id of the newest event of the history, or nothing where there is none."""
 
     def close(self) -> None:
         """End the connection; the next `publish` opens another."""
@@ -68,28 +74,76 @@ def notify(channel: str, sse_payload: Mapping[str, Any], *, using: str | None = 
     """
     channels.check(channel)
     payload = events.serialize(sse_payload)
-    broker = settings.current_broker()
-    connection = _django_connection(using)
+    own_id = events.own_id(sse_payload)
+    broker, connection = _target(using)
     if connection is None:
-        if broker is None:
-            raise SettingsError("notify() has no broker; set REDIS_URL, or DATABASE_URL (postgresql://...)")
-        _publisher(*broker).publish(channel, payload)
-    elif connection.vendor == "postgresql" and (broker is None or broker[0] == "postgres"):
+        _publisher(*broker).publish(channel, payload, own_id)
+    elif broker is None:
         from .brokers.postgres import publisher  # noqa: PLC0415
 
         with connection.cursor() as cursor:
-            publisher.execute(cursor, channel, payload)
-    elif broker is None:
+            publisher.execute(cursor, _database(connection), channel, payload, own_id)
+    else:
+        _publisher(*broker).check(channel, payload)
+        from django.db import transaction  # noqa: PLC0415
+
+        transaction.on_commit(lambda: _publisher(*broker).publish(channel, payload, own_id), using=connection.alias)
+
+
+def current_event_id(*, using: str | None = None) -> str:
+    """
+    Return the id of the newest event, for a page that is rendered first and connects later.
+
+    Ask for it before the page's data is read, and let the page connect with ``?last_event_id=`` and it:
+    then the page gets what was published in between. In a transaction of ``REPEATABLE READ`` on
+    PostgreSQL it is the newest that the transaction sees.
+
+    Args:
+        using: As for `notify`.
+
+    Returns:
+        The id, or an empty text where the broker keeps no history; a page with that begins at its connect.
+
+    Raises:
+        SettingsError: If it is not clear what to ask.
+        BrokerError: If the broker cannot be reached or refuses.
+
+    """
+    broker, connection = _target(using)
+    if broker is None:
+        from .brokers.postgres import publisher  # noqa: PLC0415
+
+        with connection.cursor() as cursor:
+            return publisher.newest(cursor, _database(connection))
+    return _publisher(*broker).newest()
+
+
+def _target(using: str | None) -> tuple[Any, Any]:
+    """
+    Return broker and Django's connection as `notify` needs them.
+
+    Without the connection this is outside of Django; without the broker, it is Django's database.
+
+    Raises:
+        SettingsError: If there is neither.
+
+    """
+    broker = settings.current_broker()
+    connection = _django_connection(using)
+    if connection is None and broker is None:
+        raise SettingsError("notify() has no broker; set REDIS_URL, or DATABASE_URL (postgresql://...)")
+    if connection is not None and connection.vendor == "postgresql" and (broker is None or broker[0] == "postgres"):
+        return None, connection
+    if connection is not None and broker is None:
         raise SettingsError(
             f"notify() has no broker: Django's database {connection.alias!r} is {connection.vendor}, not PostgreSQL; "
             "set REDIS_URL, or DATABASE_URL (postgresql://...)"
         )
-    else:
-        if broker[0] == "postgres":
-            _check_size(channel, payload)
-        from django.db import transaction  # noqa: PLC0415
+    return broker, connection
 
-        transaction.on_commit(lambda: _publisher(*broker).publish(channel, payload), using=connection.alias)
+
+def _database(connection: Any) -> tuple[Any, ...]:
+    return tuple(connection.settings_dict.get(key) for key in ("NAME", "HOST", "PORT", "USER"))
 
 
 def _publisher(kind: str, url: str) -> Publisher:
@@ -118,13 +172,6 @@ def open_publisher(kind: str, url: str) -> Publisher:
         return PostgresPublisher(url)
     except ModuleNotFoundError as exc:
         raise SettingsError(f"{exc.name} is not installed; install sse-relay-server[{kind}]") from exc
-
-
-def _check_size(channel: str, payload: str) -> None:
-    """Raise what the publisher would, now and not after the commit."""
-    from .brokers.postgres import envelope  # noqa: PLC0415
-
-    envelope.wrap(channel, payload)
 
 
 def _django_connection(using: str | None) -> Any:

@@ -30,8 +30,6 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 COMING = (
     "RELAY_ADMIN_HOST",
     "RELAY_ADMIN_PORT",
-    "RELAY_HISTORY",
-    "RELAY_HISTORY_SECONDS",
     "RELAY_JWT_SECRET",
     "RELAY_JWT_PUBLIC_KEY",
     "RELAY_AUTH_URL",
@@ -157,6 +155,15 @@ class Settings:
         _origins,
         "comma-separated origins of the pages that may connect; empty is any, without cookies",
     )
+    history: int = _setting(
+        "RELAY_HISTORY",
+        0,
+        _number(0, 10**7, "a number of events"),
+        "events kept per channel, for streams that come back; 0 is none (PostgreSQL: run init-db first)",
+    )
+    history_seconds: float = _setting(
+        "RELAY_HISTORY_SECONDS", 86400.0, _seconds(1, 10**9), "seconds for which an event is kept"
+    )
     heartbeat: float = _setting(
         "RELAY_HEARTBEAT", 15.0, _seconds(1, 3600), "seconds between the comments that keep an idle stream open"
     )
@@ -208,6 +215,21 @@ class Settings:
         if self.listen_database_url:
             return _checked_url("RELAY_LISTEN_DATABASE_URL", self.listen_database_url)
         return _checked_url("DATABASE_URL", self.database_url)
+
+    @property
+    def history_url(self) -> str:
+        """
+        The PostgreSQL URL that ``init-db`` sets the history up in: what `notify` publishes to.
+
+        Raises:
+            SettingsError: If there is none, or it is no such URL.
+
+        """
+        if not self.database_url and not self.listen_database_url:
+            raise SettingsError(
+                "DATABASE_URL is not set; give it, such as postgresql://user:password@localhost:5432/database"
+            )
+        return self.listen_url
 
     @property
     def worker_count(self) -> int:

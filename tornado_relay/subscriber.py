@@ -6,6 +6,7 @@ There is no task, timer or queue of a subscriber's own.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ MAX_UNREAD = 4096
 class Subscriber:
     """A `hub.Sink` on an `IOStream` that has been detached from its HTTP connection."""
 
-    __slots__ = ("address", "audible", "channels", "ends_at", "on_close", "opened_at", "reason", "stream")
+    __slots__ = ("address", "audible", "channels", "ends_at", "on_close", "opened_at", "position", "reason", "stream")
 
     def __init__(
         self,
@@ -37,6 +38,8 @@ class Subscriber:
         # The loop's time at which the stream is to end, if it has to.
         self.ends_at = ends_at
         self.on_close = on_close
+        # See `hub.Sink`.
+        self.position = 0
         # None until `open`: what is delivered before the head is out was published before the page
         # could know that it is subscribed, and is not sent.
         self.stream: IOStream | None = None
@@ -90,6 +93,16 @@ class Subscriber:
             pass
         except OSError as exc:
             stream.close(exc)
+
+    def drained(self) -> asyncio.Future[None] | None:
+        """Return what resolves when nothing waits to be written, or None if nothing does."""
+        stream = self.stream
+        if stream is None or stream.closed() or not stream.writing():
+            return None
+        try:
+            return stream.write(b"")
+        except StreamClosedError:
+            return None
 
     def cut(self) -> None:
         """End the stream of a reader that does not keep up, so that it costs no other stream anything."""

@@ -9,7 +9,6 @@ import random
 import signal
 import socket
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 from tornado.httpserver import HTTPServer
@@ -19,6 +18,7 @@ from .brokers.reader import Reader
 from .errors import BrokerRefused, SettingsError
 from .handlers import RETRY, Relay
 from .hub import Hub
+from .replay import Replay
 from .settings import Settings
 from .subscriber import Subscriber
 
@@ -65,7 +65,7 @@ class Worker:
         self.sockets = sockets
         self.beat = beat
         self.report = report
-        self.hub = Hub()
+        self.hub = Hub(history=settings.history > 0)
         self._parent = os.getppid()
         # Set when the worker is to end; `_hurry` when it is to end without spreading.
         self._stop = asyncio.Event()
@@ -80,18 +80,26 @@ class Worker:
         # A terminal that goes away sends it to the whole group; for the supervisor it means to reload.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-        listener, url = _listener(self.settings)
-        self.reader = Reader(listener(url, self.hub.deliver), partial(self.hub.reset, "broker-reconnect"))
-        self.relay = Relay(self.settings, self.hub, self.reader)
+        listener_class, url = _listener(self.settings)
+        listener = listener_class(url, self.hub.deliver)
+        replay, working = None, set[asyncio.Task[None]]()
+        if self.hub.history:
+            replay = Replay(self.hub, listener.history(self.settings.history, self.settings.history_seconds))
+            self.reader = Reader(listener, replay.back, replay.lost)
+            working |= {asyncio.create_task(replay.run()), asyncio.create_task(replay.prune())}
+        else:
+            self.reader = Reader(listener, self._back, lambda: None)
+        self.relay = Relay(self.settings, self.hub, self.reader, replay)
         first: asyncio.Future[BrokerRefused | None] = asyncio.get_running_loop().create_future()
         reading = asyncio.create_task(self.reader.run(first.set_result))
+        working.add(reading)
         stopping = asyncio.create_task(self._stop.wait())
         ticker = PeriodicCallback(self._tick, TICK * 1000)
         ticker.start()
         awaited: set[asyncio.Future[Any]] = {first, reading, stopping}
         await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if self._stop.is_set():
-            reading.cancel()
+            await _cancel(working)
             return STOPPED
         refused = first.result() if first.done() else reading.exception()
         if refused:
@@ -108,15 +116,19 @@ class Worker:
         )
         self.server.add_sockets(self.sockets)
         self.report("")
-        await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if reading.done():
-            log.critical("the reader of %s ended by itself: a bug", self.reader.name, exc_info=reading.exception())
-            return FAILED
+        await asyncio.wait({*working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in working:
+            if task.done():
+                log.critical("a part of the worker ended by itself: a bug", exc_info=task.exception())
+                return FAILED
         await self._drain()
         ticker.stop()
-        reading.cancel()
-        await asyncio.wait({reading}, timeout=1)
+        await _cancel(working)
         return STOPPED
+
+    def _back(self, again: bool) -> None:
+        if again:
+            self.hub.reset("broker-reconnect")
 
     def _stop_now(self) -> None:
         self._hurry.set()
@@ -136,7 +148,7 @@ class Worker:
         self._ticks_to_heartbeat -= 1
         if self._ticks_to_heartbeat < 0:
             self._ticks_to_heartbeat = round(self.settings.heartbeat / TICK) - 1
-            self.hub.broadcast(b":\n\n")
+            self.hub.heartbeat()
 
     async def _drain(self) -> None:
         """Accept nothing more, and close the streams one by one over ``drain_seconds``."""
@@ -158,6 +170,12 @@ class Worker:
 
     def _subscribers(self) -> list[Subscriber]:
         return cast("list[Subscriber]", list(self.hub))
+
+
+async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=1)
 
 
 def check_broker(settings: Settings) -> None:

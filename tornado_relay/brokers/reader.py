@@ -23,6 +23,8 @@ class Listener(Protocol):
 
     name: str
     subscriptions: Subscriptions
+    latency: float | None
+    """Seconds that the last round trip to the broker took, or None before the first."""
 
     def audible(self, channels: Iterable[str]) -> tuple[str, ...]:
         """Return the channels whose events a stream on ``channels`` hears."""
@@ -47,17 +49,19 @@ class Reader:
     """
     Keeps a `Listener` connected, for ever, and lets streams subscribe to it.
 
-    ``on_gap`` is called when the connection is back after a loss, and all channels are listened to again.
+    ``on_lost`` is called when the connection is lost, and ``on_up`` when there is one and all channels are
+    listened to: with True if it is not the first.
     """
 
-    def __init__(self, listener: Listener, on_gap: Callable[[], None]) -> None:
+    def __init__(self, listener: Listener, on_up: Callable[[bool], None], on_lost: Callable[[], None]) -> None:
         self.name = listener.name
         # Why streams cannot be served now, or None while the connection is up.
         self.trouble: str | None = "not connected yet"
 
         self._listener = listener
         self._subscriptions = listener.subscriptions
-        self._on_gap = on_gap
+        self._on_up = on_up
+        self._on_lost = on_lost
         self._backoff = Backoff()
         # The loop's time at which the connection came up; None before the first.
         self._up_since: float | None = None
@@ -68,9 +72,11 @@ class Reader:
         """Return the channels whose events a stream on ``channels`` hears."""
         return self._listener.audible(channels)
 
-    async def subscribe(self, channels: Iterable[str]) -> None:
+    async def subscribe(self, channels: Iterable[str]) -> bool:
         """
         Return once the broker has confirmed that it will send ``channels``; pair it with `release`.
+
+        The result says whether it had confirmed all of them before.
 
         Raises:
             BrokerUnavailable: If there is no connection, or no answer in time. Nothing is held then.
@@ -81,7 +87,7 @@ class Reader:
         targets = [self._listener.target(channel) for channel in channels]
         waiters = self._subscriptions.acquire(targets)
         if not waiters:
-            return
+            return True
         self._listener.flush()
         try:
             done, pending = await asyncio.wait(waiters, timeout=CONFIRM_TIMEOUT)
@@ -91,6 +97,7 @@ class Reader:
         except BaseException:
             self._subscriptions.release(targets, _now())
             raise
+        return False
 
     def release(self, channels: Iterable[str]) -> None:
         """End a stream's subscription; the broker is told some seconds after a channel's last stream."""
@@ -113,6 +120,8 @@ class Reader:
             try:
                 await self._listener.session(self._up)
             except BrokerError as exc:
+                if self.trouble is None:
+                    self._on_lost()
                 self.trouble = str(exc)
                 self._subscriptions.lost(BrokerUnavailable(self.trouble))
                 self._first_done(exc if isinstance(exc, BrokerRefused) else None)
@@ -125,8 +134,7 @@ class Reader:
     def _up(self) -> None:
         self.trouble = None
         log.info("%s connected, listening to %d channels", self.name, len(self._subscriptions))
-        if self._up_since is not None:
-            self._on_gap()
+        self._on_up(self._up_since is not None)
         self._up_since = _now()
         self._first_done(None)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from ...channels import twin
 from ...errors import PayloadTooLarge
+from ..message import Message, read
 
 MAX_CHANNEL_BYTES = 63
 MAX_PAYLOAD_BYTES = 7_999
@@ -55,16 +56,18 @@ def wrap(channel: str, payload: str) -> tuple[str, str]:
     if room < 0:
         raise PayloadTooLarge(
             f"the event is {MAX_PAYLOAD_BYTES - room:,} bytes of JSON; PostgreSQL's NOTIFY takes at most "
-            f"{MAX_PAYLOAD_BYTES:,}. Send a key, and let the page fetch the rest"
+            f"{MAX_PAYLOAD_BYTES:,}. Run sse-relay-server init-db, which lets events have 1 MiB; "
+            "or send a key, and let the page fetch the rest"
         )
     blanks = format(next(_serial) & 0xFFFF, "b").translate(_BLANKS)
     return target, payload + (blanks[-room:] if room else "")  # the last ones change from call to call
 
 
-def unwrap(target: str, payload: str) -> tuple[str, str] | None:
-    """Return channel and payload of a notification, or None if it is no envelope where one is due."""
-    if target != SHARED_CHANNEL:
-        return target, payload
+def unwrap(target: str, payload: str) -> Message | None:
+    """Return the message of a notification, or None if it is no envelope where one is due."""
+    message = read(target, payload)
+    if target != SHARED_CHANNEL or message.seq:
+        return message
     try:
         envelope = json.loads(payload)
         channel, event = envelope["channel"], envelope["payload"]
@@ -72,4 +75,4 @@ def unwrap(target: str, payload: str) -> tuple[str, str] | None:
         return None
     if not isinstance(channel, str) or physical(channel) != SHARED_CHANNEL:
         return None
-    return channel, event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
+    return Message(channel, event if isinstance(event, str) else json.dumps(event, ensure_ascii=False))

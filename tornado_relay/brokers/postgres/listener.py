@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +14,8 @@ from psycopg2.extensions import POLL_OK, POLL_WRITE, STATUS_READY
 from tornado.ioloop import IOLoop
 
 from ...errors import BrokerError, BrokerRefused, BrokerUnavailable
+from ...history.postgres import PostgresHistory
+from ..message import Message
 from ..subscriptions import Subscriptions
 from . import dsn, envelope
 
@@ -23,6 +27,13 @@ CONNECT_TIMEOUT = 5.0
 """Seconds for one address."""
 ANSWER_TIMEOUT = 10.0
 """Seconds for one batch."""
+PROBE_SECONDS = 10.0
+"""A connection on which nothing came for this long is sent a NOTIFY of its own, and given as long as below."""
+PROBE_TIMEOUT = 5.0
+
+# Payloads that are read at a time.
+FETCH = 16
+_FETCH = "SELECT id, payload FROM sse_relay.event WHERE id = ANY(%s)"
 
 # A server that is starting, stopping or full will be another in a moment; every other FATAL at connect
 # (password, database, pg_hba.conf) needs a person. libpq gives no SQLSTATE here, only this text.
@@ -30,11 +41,11 @@ _PASSING = ("starting up", "shutting down", "not yet accepting", "too many", "re
 
 
 class PostgresListener:
-    """A `reader.Listener`; ``on_messages`` gets lists of (channel, payload) in the order of arrival."""
+    """A `reader.Listener`; ``on_messages`` gets lists of messages in the order of arrival."""
 
     name = "PostgreSQL"
 
-    def __init__(self, url: str, on_messages: Callable[[list[tuple[str, str]]], None]) -> None:
+    def __init__(self, url: str, on_messages: Callable[[list[Message]], None]) -> None:
         self.subscriptions = Subscriptions()
         self._dsn = dsn.complete(url, "sse-relay-server")
         self._on_messages = on_messages
@@ -50,6 +61,18 @@ class PostgresListener:
         self._error: psycopg2.Error | None = None
         # Set when `_serve` has something to look at.
         self._work = asyncio.Event()
+        # Statements that wait for their turn, each with its arguments and who wants the rows.
+        self._queries: deque[tuple[str, Any, asyncio.Future[list[tuple[Any, ...]]]]] = deque()
+        # From the first message on whose payload has to be read from the history, all wait for it.
+        self._held: list[Message] = []
+        self._fetching: asyncio.Task[None] | None = None
+        # The channel of the NOTIFYs to ourselves, and who waits for one.
+        self._probe_channel = f"sse_relay_probe_{secrets.token_hex(8)}"
+        self._probed: asyncio.Future[None] | None = None
+        self._heard_at = 0.0
+
+        self.latency: float | None = None
+        """Seconds that the last NOTIFY to ourselves took."""
 
     @staticmethod
     def check(url: str) -> None:
@@ -64,14 +87,36 @@ class PostgresListener:
         """Return the channel of NOTIFY on which events of ``channel`` travel."""
         return envelope.physical(channel)
 
+    def history(self, keep: int, seconds: float) -> PostgresHistory:
+        """Return the history of this broker, which is read on this connection."""
+        return PostgresHistory(self.query, keep, seconds)
+
     def flush(self) -> None:
         """Send soon what is to be listened to and what no more."""
         self._work.set()
+
+    async def query(self, statement: str, arguments: Any) -> list[tuple[Any, ...]]:
+        """
+        Run a statement when its turn comes, and return its rows.
+
+        Raises:
+            BrokerRefused: If PostgreSQL refuses it.
+            BrokerUnavailable: If the connection is lost before the answer.
+
+        """
+        if self._connection is None:
+            raise BrokerUnavailable("not connected")
+        future: asyncio.Future[list[tuple[Any, ...]]] = asyncio.get_running_loop().create_future()
+        self._queries.append((statement, arguments, future))
+        self._work.set()
+        return await future
 
     async def session(self, on_up: Callable[[], None]) -> None:
         """Connect, and read until the connection is lost, which raises."""
         try:
             await self._connect()
+            await self._execute("LISTEN", [self._probe_channel])
+            await self._check_pooler()
             await self._send_all()
             on_up()
             await self._serve()
@@ -105,14 +150,97 @@ class PostgresListener:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        self._held.clear()
+        if self._fetching:
+            self._fetching.cancel()
+            self._fetching = None
+        while self._queries:
+            _, _, future = self._queries.popleft()
+            if not future.done():
+                future.set_exception(BrokerUnavailable("the connection was lost"))
 
     async def _serve(self) -> None:
+        self._heard_at = self._loop.time()
         while True:
-            await self._work.wait()
+            quiet_for = self._loop.time() - self._heard_at
+            try:
+                await asyncio.wait_for(self._work.wait(), max(0.0, PROBE_SECONDS - quiet_for))
+            except asyncio.TimeoutError:
+                if self._loop.time() - self._heard_at >= PROBE_SECONDS:
+                    await self._probe()
+                continue
             self._work.clear()
             if self._error:
                 raise self._error
             await self._send_all()
+            while self._queries:
+                await self._answer(*self._queries.popleft())
+                await self._send_all()
+
+    async def _answer(self, statement: str, arguments: Any, future: asyncio.Future[list[tuple[Any, ...]]]) -> None:
+        cursor = self._connection.cursor()
+        try:
+            cursor.execute(statement, arguments)
+            await asyncio.wait_for(self._finish_command(), ANSWER_TIMEOUT)
+            rows = cursor.fetchall()
+        except (psycopg2.Error, asyncio.TimeoutError, asyncio.CancelledError) as exc:
+            ends = not isinstance(exc, psycopg2.Error) or self._connection.closed
+            if not future.done():
+                text = " ".join(str(exc).split()) or "no answer in time"
+                future.set_exception(BrokerUnavailable(text) if ends else BrokerRefused(text))
+            if ends:
+                raise
+        else:
+            if not future.done():
+                future.set_result(rows)
+        finally:
+            cursor.close()
+
+    async def _probe(self) -> None:
+        """Send a NOTIFY to ourselves, and fail if it does not come."""
+        self._probed = asyncio.get_running_loop().create_future()
+        begin = self._loop.time()
+        cursor = self._connection.cursor()
+        cursor.execute("SELECT pg_notify(%s, '')", (self._probe_channel,))
+        try:
+            await asyncio.wait_for(self._finish_command(), PROBE_TIMEOUT)
+            cursor.close()
+        except asyncio.TimeoutError as exc:
+            raise BrokerUnavailable(f"no answer in {PROBE_TIMEOUT:.0f} s; the connection is dead") from exc
+        await self._await_probe(self._probed)
+        self.latency = self._loop.time() - begin
+        log.debug("a NOTIFY to ourselves took %.1f ms", self.latency * 1000)
+
+    async def _await_probe(self, probed: asyncio.Future[None]) -> None:
+        try:
+            await asyncio.wait_for(probed, PROBE_TIMEOUT)
+        except asyncio.TimeoutError as exc:
+            raise BrokerUnavailable(
+                "a NOTIFY did not come back to LISTEN, as through a pooler in transaction mode; "
+                "set RELAY_LISTEN_DATABASE_URL to the server itself"
+            ) from exc
+
+    async def _check_pooler(self) -> None:
+        """
+        Fail if a pooler gives our LISTEN to whatever session is free.
+
+        A pooler invents the process id that it tells its clients, so it can be told by that. Whether it
+        keeps a session for us is seen by a NOTIFY of another one: in transaction mode, what comes for a
+        session outside of a transaction reaches nobody.
+        """
+        cursor = self._connection.cursor()
+        cursor.execute("SELECT pg_backend_pid()")
+        await asyncio.wait_for(self._finish_command(), ANSWER_TIMEOUT)
+        ((pid,),) = cursor.fetchall()
+        cursor.close()
+        if pid == self._connection.info.backend_pid:
+            return
+        self._probed = asyncio.get_running_loop().create_future()
+        await asyncio.get_running_loop().run_in_executor(None, _notify_once, self._dsn, self._probe_channel)
+        try:
+            await self._await_probe(self._probed)
+        except BrokerUnavailable as exc:
+            raise BrokerRefused(str(exc)) from exc
 
     async def _send_all(self) -> None:
         while True:
@@ -172,15 +300,52 @@ class PostgresListener:
             self._command.set_exception(error)
 
     def _deliver(self, notifies: list[Any]) -> None:
+        self._heard_at = self._loop.time()
         messages = []
         for notify in notifies:
+            if notify.channel == self._probe_channel:
+                if self._probed and not self._probed.done():
+                    self._probed.set_result(None)
+                continue
             message = envelope.unwrap(notify.channel, notify.payload)
             if message is None:
                 log.warning("dropped a notification on %s that is no envelope", envelope.SHARED_CHANNEL)
             else:
                 messages.append(message)
         notifies.clear()
-        self._on_messages(messages)
+        if self._held or any(message.payload is None for message in messages):
+            self._held += messages
+            if self._fetching is None:
+                self._fetching = asyncio.create_task(self._fetch())
+        elif messages:
+            self._on_messages(messages)
+
+    async def _fetch(self) -> None:
+        """Read the payloads that were too large for NOTIFY, each once for all its streams, and deliver what is held."""
+        try:
+            while self._held:
+                ready = list(self._held)
+                wanted = [message.seq for message in ready if message.payload is None][:FETCH]
+                if wanted:
+                    rows = dict(await self.query(_FETCH, (wanted,)))
+                    # Up to the first that was not asked for.
+                    end = next(
+                        (n for n, each in enumerate(ready) if each.payload is None and each.seq > wanted[-1]), None
+                    )
+                    ready = [
+                        each._replace(payload=rows.get(each.seq)) if each.payload is None else each
+                        for each in ready[:end]
+                    ]
+                del self._held[: len(ready)]
+                self._on_messages(ready)
+        except BrokerUnavailable:
+            pass  # `_serve` ends as well, and what is held is read from the history, or the streams are told
+        except BrokerError as exc:
+            log.error("large events cannot be read: %s", exc)
+            held, self._held = self._held, []
+            self._on_messages(held)
+        finally:
+            self._fetching = None
 
     def _watch(self, events: int) -> None:
         # While it connects, libpq may close its socket and open another with the same number.
@@ -199,3 +364,13 @@ def _broker_error(error: Exception) -> BrokerError:
     text = " ".join(str(error).split()) or type(error).__name__
     refused = "FATAL:" in text and not any(word in text for word in _PASSING)
     return (BrokerRefused if refused else BrokerUnavailable)(text)
+
+
+def _notify_once(address: str, channel: str) -> None:
+    connection = psycopg2.connect(address)
+    try:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify(%s, '')", (channel,))
+    finally:
+        connection.close()

@@ -5,25 +5,74 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg2
 
-from ...errors import BrokerError, BrokerUnavailable
+from ... import events
+from ...errors import BrokerError, BrokerRefused, BrokerUnavailable, PayloadTooLarge
+from ...history.spans import Cursor
 from . import dsn, envelope
 
-_STATEMENT = "SELECT pg_notify(%s, %s)"
+# Seconds for which it is remembered whether a database keeps a history.
+REMEMBER_SECONDS = 10.0
+
+_NOTIFY = "SELECT pg_notify(%s, %s)"
+_PUBLISH = "SELECT sse_relay.publish(%s, %s, %s)"
+_HEAD = "SELECT token, id FROM sse_relay.head()"
+# Reads the catalogue only: where there is no history, or none for this role, nothing must fail, because an error
+# would end the caller's transaction.
+_KEEPS = """
+SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE')
+FROM pg_catalog.pg_namespace n JOIN pg_catalog.pg_proc p ON p.pronamespace = n.oid
+WHERE n.nspname = 'sse_relay' AND p.proname = 'publish'
+"""
+
+_known: dict[Hashable, tuple[bool, float]] = {}
 
 
-def execute(cursor: Any, channel: str, payload: str) -> None:
+def execute(cursor: Any, database: Hashable, channel: str, payload: str, own_id: str | None) -> None:
     """
-    Notify on a cursor of psycopg2, psycopg or Django, inside whatever transaction it is in.
+    Publish on a cursor of psycopg2, psycopg or Django, inside whatever transaction it is in.
+
+    Goes into the history where the ``database``, which is known by that key, has been set up for it.
 
     Raises:
-        PayloadTooLarge: If the event is over NOTIFY's limit; nothing was executed then.
+        PayloadTooLarge: If the event is over the limit; nothing was executed then.
+        BrokerRefused: If there is a history that the role may not use.
 
     """
-    cursor.execute(_STATEMENT, envelope.wrap(channel, payload))
+    if _keeps_history(cursor, database):
+        events.check_kept_size(payload)
+        cursor.execute(_PUBLISH, (channel, payload, own_id))
+    else:
+        cursor.execute(_NOTIFY, envelope.wrap(channel, payload))
+
+
+def newest(cursor: Any, database: Hashable) -> str:
+    """Return the id of the newest event that the cursor's transaction sees; empty where there is no history."""
+    if not _keeps_history(cursor, database):
+        return ""
+    cursor.execute(_HEAD)
+    return str(Cursor(*cursor.fetchone()))
+
+
+def _keeps_history(cursor: Any, database: Hashable) -> bool:
+    keeps, until = _known.get(database, (False, 0.0))
+    if time.monotonic() >= until:
+        cursor.execute(_KEEPS)
+        found = cursor.fetchone()
+        if found and not found[0]:
+            raise BrokerRefused(
+                "the database keeps a history of events, but this role may not add to it; "
+                "run the GRANTs for the application that sse-relay-server init-db prints"
+            )
+        keeps = bool(found)
+        _known[database] = keeps, time.monotonic() + REMEMBER_SECONDS
+    return keeps
 
 
 class PostgresPublisher:
@@ -40,25 +89,51 @@ class PostgresPublisher:
         self._lock = threading.Lock()
         os.register_at_fork(after_in_child=self._forget)
 
-    def publish(self, channel: str, payload: str) -> None:
+    def publish(self, channel: str, payload: str, own_id: str | None = None) -> None:
         """
-        Send one event.
+        Send one event; ``own_id`` is the id that its publisher gave it.
 
         Raises:
-            PayloadTooLarge: If the event is over NOTIFY's limit.
+            PayloadTooLarge: If the event is over NOTIFY's limit, or a history's.
             BrokerUnavailable: If PostgreSQL cannot be reached; the event was not sent.
             BrokerError: If the connection broke under way, so that the event may have been sent or not,
                 or if PostgreSQL refused it.
 
         """
-        arguments = envelope.wrap(channel, payload)
+        with self._cursor() as cursor:
+            execute(cursor, self._dsn, channel, payload, own_id)
+
+    def check(self, channel: str, payload: str) -> None:
+        """Raise now what `publish` would of an event's size: PayloadTooLarge."""
+        try:
+            envelope.wrap(channel, payload)
+        except PayloadTooLarge:
+            with self._cursor() as cursor:
+                if not _keeps_history(cursor, self._dsn):
+                    raise
+            events.check_kept_size(payload)
+
+    def newest(self) -> str:
+        """
+        Return the id of the newest event of the history, or nothing where there is none.
+
+        Raises:
+            BrokerUnavailable: If PostgreSQL cannot be reached.
+
+        """
+        with self._cursor() as cursor:
+            return newest(cursor, self._dsn)
+
+    @contextmanager
+    def _cursor(self) -> Iterator[Any]:
         with self._lock:
             if self._connection is None or not _alive(self._connection):
                 self._connect()
             try:
                 with self._connection.cursor() as cursor:
-                    cursor.execute(_STATEMENT, arguments)
+                    yield cursor
             except psycopg2.Error as exc:
+                _known.pop(self._dsn, None)
                 if self._connection.closed:
                     raise BrokerError(f"PostgreSQL went away while an event was sent, it may be lost: {exc}") from exc
                 raise BrokerError(f"PostgreSQL did not take the event: {exc}") from exc

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import select
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ import redis
 from tornado.ioloop import IOLoop
 
 from ...errors import BrokerRefused, BrokerUnavailable
+from ...history.redis import RedisHistory
+from .. import message
+from ..message import Message
 from ..subscriptions import Subscriptions
 from . import url as urls
 
@@ -30,15 +34,15 @@ log = logging.getLogger(__name__)
 BATCH = 1000
 BATCH_BYTES = 1 << 20
 # A connection that is quiet for this many seconds is sent a PING, and given as long again to answer.
-QUIET = 10.0
+QUIET = 5.0
 
 
 class RedisListener:
-    """A `reader.Listener`; ``on_messages`` gets lists of (channel, payload) in the order of arrival."""
+    """A `reader.Listener`; ``on_messages`` gets lists of messages in the order of arrival."""
 
     name = "Redis"
 
-    def __init__(self, url: str, on_messages: Callable[[list[tuple[str, str]]], None]) -> None:
+    def __init__(self, url: str, on_messages: Callable[[list[Message]], None]) -> None:
         self.subscriptions = Subscriptions()
         self._url = url
         self._on_messages = on_messages
@@ -60,6 +64,9 @@ class RedisListener:
         # To be called once all that is held has been confirmed.
         self._on_up: Callable[[], None] | None = None
 
+        self.latency: float | None = None
+        """Seconds that the last PING took."""
+
     @staticmethod
     def check(url: str) -> None:
         """Raise SettingsError if redis-py cannot read ``url``."""
@@ -72,6 +79,10 @@ class RedisListener:
     def target(self, channel: str) -> str:
         """Return ``channel``: Redis takes any name."""
         return channel
+
+    def history(self, keep: int, seconds: float) -> RedisHistory:
+        """Return the history of this broker."""
+        return RedisHistory(self._url, keep, seconds)
 
     # What runs on the loop.
 
@@ -138,7 +149,7 @@ class RedisListener:
         messages = []
         for kind, *rest in replies:
             if kind == b"message":
-                messages.append((rest[0].decode(errors="replace"), rest[1].decode(errors="replace")))
+                messages.append(message.read(rest[0].decode(errors="replace"), rest[1].decode(errors="replace")))
             elif kind == b"subscribe":
                 self.subscriptions.confirm([rest[0].decode()])
             elif kind == "refused":
@@ -176,7 +187,7 @@ class RedisListener:
         poller.register(self._wake_read, select.POLLIN)
         # The commands that have no reply yet; Redis answers in order, and messages come in between.
         sent: deque[str] = deque()
-        pinged = False
+        pinged, pinged_at = False, 0.0
         while True:
             ready = poller.poll(QUIET * 1000)
             if not ready:
@@ -185,6 +196,7 @@ class RedisListener:
                 connection.send_command("PING", check_health=False)
                 sent.append("")
                 pinged = True
+                pinged_at = time.monotonic()
             if any(fd == self._wake_read for fd, _ in ready):
                 os.read(self._wake_read, 65536)
                 commands = [self._commands.popleft() for _ in range(len(self._commands))]
@@ -194,6 +206,8 @@ class RedisListener:
                 connection.send_packed_command(connection.pack_commands(commands), check_health=False)
                 sent.extend(name for _, name in commands)  # type: ignore[misc]
             while connection.can_read():
+                if pinged:
+                    self.latency = time.monotonic() - pinged_at
                 pinged = False
                 self._loop.add_callback(self._arrived, _batch(connection, sent))
 

@@ -1,0 +1,1 @@
+"""The events that a broker keeps for streams that come back."""

@@ -1,0 +1,115 @@
+"""The history in Redis: a capped stream per channel, written by the script that publishes.
+
+Read on a connection beside the one that is subscribed, which takes no other commands, by a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import redis
+
+from ..brokers.redis import scripts
+from ..brokers.redis import url as urls
+from ..errors import BrokerRefused, BrokerUnavailable
+from ..replay import Page, Row
+from .spans import Cursor, Spans
+
+log = logging.getLogger(__name__)
+
+# Bytes of one page, but for its last event.
+PAGE_BYTES = 131_072
+# Seconds after which publishers stop to keep events, when no relay asks for it any more.
+LAPSE_SECONDS = 7 * 86_400
+
+
+class RedisHistory:
+    """
+    A `replay.History`.
+
+    Args:
+        url: The Redis URL.
+        keep: Events that are kept of each channel.
+        seconds: How long a channel without new events is kept.
+
+    """
+
+    hint = "it was asked for one, and has forgotten that"
+
+    def __init__(self, url: str, keep: int, seconds: float) -> None:
+        self._client = redis.Redis(connection_pool=urls.pool(url, "sse-relay-history"))
+        self._keep = keep
+        self._seconds = seconds
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-history")
+        self._open_script, self._read_script = scripts.text("open"), scripts.text("read")
+
+    async def open(self) -> tuple[Cursor, Spans] | None:
+        """See `replay.History`."""
+        info = await self._call(self._client.info)
+        if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
+            log.warning(
+                "Redis deletes keys when it is full (maxmemory-policy %s): events may go without a word; use noeviction",
+                info["maxmemory_policy"],
+            )
+        arguments = (self._keep, self._seconds, info["run_id"])
+        token, last, spans = await self._eval(self._open_script, [scripts.STATE, scripts.SPANS], arguments)
+        await self._lapse()
+        pairs = zip(spans[::2], spans[1::2], strict=True)
+        return Cursor(token.decode(), int(last)), Spans((name.decode(), int(float(first))) for name, first in pairs)
+
+    async def find(self, own_id: str, channels: tuple[str, ...]) -> int | None:
+        """See `replay.History`."""
+        found = []
+        for channel in channels:
+            scores = await self._call(self._client.zmscore, scripts.own_ids_key(channel), [own_id, f"\0{own_id}"])
+            if scores[0] is not None:
+                found += [int(scores[0])] if scores[1] is None else [0, 0]
+        return found[0] if len(found) == 1 else None
+
+    async def read(self, places: list[tuple[str, int]], limit: int) -> tuple[list[Page], Cursor | None]:
+        """See `replay.History`."""
+        keys = [scripts.STATE, *(scripts.events_key(channel) for channel, _ in places)]
+        arguments = (limit, PAGE_BYTES, *(seq for _, seq in places))
+        reply = await self._eval(self._read_script, keys, arguments)
+        if not reply:
+            return [], None
+        token, last, found = reply
+        pages = [
+            Page(
+                [Row(int(seq), f"{tag.decode()}-{seq.decode()}", _text(payload)) for seq, tag, payload in rows],
+                not more,
+                int(gone),
+            )
+            for more, gone, rows in found
+        ]
+        return pages, Cursor(token.decode(), int(last))
+
+    async def prune(self) -> bool:
+        """See `replay.History`; Redis deletes by itself, as long as it is known that a relay is there."""
+        await self._lapse()
+        return False
+
+    async def _lapse(self) -> None:
+        seconds = max(LAPSE_SECONDS, round(self._seconds))
+        for key in (scripts.STATE, scripts.SPANS):
+            await self._call(self._client.expire, key, seconds)
+
+    async def _eval(self, script: str, keys: list[str], arguments: tuple[Any, ...]) -> Any:
+        return await self._call(self._client.eval, script, len(keys), *keys, *arguments)
+
+    async def _call(self, command: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, partial(command, *arguments))
+        except (redis.ConnectionError, redis.TimeoutError) as exc:
+            raise BrokerUnavailable(str(exc) or type(exc).__name__) from exc
+        except redis.RedisError as exc:
+            raise BrokerRefused(str(exc)) from exc
+
+
+def _text(payload: bytes) -> str:
+    return payload.decode(errors="replace")

@@ -1,0 +1,84 @@
+"""``sse-relay-server init-db``: the history's tables and functions in PostgreSQL, version by version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import BrokerError, BrokerRefused, BrokerUnavailable
+
+_FOLDER = Path(__file__).parent / "sql"
+_RECORD = "INSERT INTO sse_relay.version (version) VALUES (%s)"
+# Two that run at the same time must not both find nothing there.
+_LOCK = 8319104477
+
+
+def versions() -> list[tuple[int, str]]:
+    """Return number and SQL of each version, in the order in which they build on each other."""
+    return [(int(path.name.partition("_")[0]), path.read_text()) for path in sorted(_FOLDER.glob("[0-9]*_*.sql"))]
+
+
+def grants() -> str:
+    """Return the GRANTs that roles other than the owner need, for ``application_role`` and ``relay_role``."""
+    return (_FOLDER / "grants.sql").read_text()
+
+
+def script() -> str:
+    """Return all of it as one text for psql, for a database that has none of it."""
+    parts = [f"{text}\n{_RECORD.replace('%s', str(number))};\n" for number, text in versions()]
+    remarks = "".join(f"-- {line}\n" for line in grants().splitlines())
+    return "BEGIN;\n\n" + "\n".join(parts) + "\nCOMMIT;\n\n" + remarks
+
+
+def install(url: str) -> Iterator[str]:
+    """
+    Bring the database at ``url`` up to the newest version, and yield a line for what is done.
+
+    All of it is one transaction; a database that is up to date is left as it is.
+
+    Raises:
+        BrokerError: If PostgreSQL cannot be reached or refuses; nothing has changed then.
+
+    """
+    import psycopg2  # noqa: PLC0415
+
+    from .brokers.postgres import dsn  # noqa: PLC0415
+
+    try:
+        connection = psycopg2.connect(dsn.complete(url, "sse-relay-init-db"))
+    except psycopg2.Error as exc:
+        raise BrokerUnavailable(f"PostgreSQL cannot be reached: {' '.join(str(exc).split())}") from exc
+    try:
+        with connection, connection.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+            found = _installed(cursor)
+            newest = versions()[-1][0]
+            if found > newest:
+                raise BrokerError(f"the database has version {found} of the history, this program knows {newest} only")
+            for number, text in versions():
+                if number > found:
+                    yield f"version {number}: creating"
+                    cursor.execute(text)
+                    cursor.execute(_RECORD, (number,))
+            yield f"{dsn.shown(url)} has version {newest} of the history" + (", as before" if found == newest else "")
+    except psycopg2.errors.InsufficientPrivilege as exc:
+        raise BrokerRefused(
+            f"{_first_line(exc)}; run it as the database's owner, or give psql what --print-sql prints"
+        ) from exc
+    except psycopg2.Error as exc:
+        raise BrokerError(f"PostgreSQL did not take it, nothing has changed: {_first_line(exc)}") from exc
+    finally:
+        connection.close()
+
+
+def _installed(cursor: Any) -> int:
+    cursor.execute("SELECT count(*) FROM pg_catalog.pg_tables WHERE schemaname = 'sse_relay' AND tablename = 'version'")
+    if not cursor.fetchone()[0]:
+        return 0
+    cursor.execute("SELECT max(version) FROM sse_relay.version")
+    return int(cursor.fetchone()[0] or 0)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,229 @@
+-- Events that streams can come back to.
+--
+-- A transaction that publishes puts its events into `outbox`. When it commits, a deferred trigger takes one lock,
+-- draws the next id, moves the event to `event` and notifies. The lock is held until the commit can be seen by all, so
+-- ids, the order of commits and the order of notifications are the same, and nobody who has read up to an id can
+-- ever find a lower one later. A sequence's default would be drawn long before the commit, and would not hold that.
+
+CREATE SCHEMA sse_relay;
+
+CREATE TABLE sse_relay.version (
+    version integer PRIMARY KEY,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE SEQUENCE sse_relay.event_id;
+
+CREATE TABLE sse_relay.event (
+    id bigint PRIMARY KEY,
+    token text NOT NULL,
+    channel text NOT NULL,
+    payload text NOT NULL,
+    own_id text,
+    at timestamptz NOT NULL
+);
+CREATE INDEX event_channel_id ON sse_relay.event (channel, id);
+CREATE INDEX event_channel_own_id ON sse_relay.event (channel, own_id) WHERE own_id IS NOT NULL;
+-- Rows come at one end and go at the other: dead ones must not pile up there.
+ALTER TABLE sse_relay.event SET (autovacuum_vacuum_scale_factor = 0.02);
+
+-- Empty outside of transactions, so a crash, which empties it, takes nothing.
+CREATE UNLOGGED TABLE sse_relay.outbox (
+    n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    channel text NOT NULL,
+    payload text NOT NULL,
+    own_id text
+);
+
+-- A run of ids that one server drew on one copy of the data. An id is known by its run's token as well: after a
+-- database was set back (a restored backup, a replica that had not got all), ids are drawn a second time, for other
+-- events, and those of the first time must not be taken for them.
+CREATE TABLE sse_relay.span (
+    n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    first_id bigint NOT NULL,
+    token text NOT NULL UNIQUE,
+    server_start timestamptz NOT NULL,
+    filenode oid NOT NULL
+);
+
+-- Up to where events have been deleted: all of them by age, and a channel's by count.
+CREATE TABLE sse_relay.state (
+    pruned_through bigint NOT NULL DEFAULT 0,
+    counted_through bigint NOT NULL DEFAULT 0,
+    keep bigint NOT NULL DEFAULT 0
+);
+INSERT INTO sse_relay.state DEFAULT VALUES;
+CREATE TABLE sse_relay.pruned (
+    channel text PRIMARY KEY,
+    through bigint NOT NULL
+);
+CREATE INDEX pruned_through ON sse_relay.pruned (through);
+
+-- Returns the token for ids from `next_id` on. The caller holds the lock.
+CREATE FUNCTION sse_relay.current_token(next_id bigint) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    newest sse_relay.span;
+    node oid := pg_relation_filenode('sse_relay.event');
+BEGIN
+    SELECT * INTO newest FROM sse_relay.span ORDER BY n DESC LIMIT 1;
+    IF newest.server_start = pg_postmaster_start_time() AND newest.filenode = node THEN
+        RETURN newest.token;
+    END IF;
+    INSERT INTO sse_relay.span (first_id, token, server_start, filenode)
+        VALUES (next_id, left(md5(random()::text || clock_timestamp()), 8), pg_postmaster_start_time(), node)
+        RETURNING token INTO newest.token;
+    RETURN newest.token;
+END $$;
+
+-- Returns where the history ends now.
+CREATE FUNCTION sse_relay.head() RETURNS TABLE (token text, id bigint)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT (SELECT s.token FROM sse_relay.span s WHERE s.first_id <= h.id + 1 ORDER BY s.n DESC LIMIT 1), h.id
+    FROM (SELECT coalesce((SELECT max(e.id) FROM sse_relay.event e), (SELECT s.pruned_through FROM sse_relay.state s))) h (id)
+$$;
+
+-- The same for a relay that connects: from here on ids that this database has not drawn are told from those it has.
+CREATE FUNCTION sse_relay.open() RETURNS TABLE (token text, id bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM (SELECT * FROM sse_relay.span s ORDER BY s.n DESC LIMIT 1) newest
+        WHERE newest.server_start = pg_postmaster_start_time()
+            AND newest.filenode = pg_relation_filenode('sse_relay.event')
+    ) THEN
+        PERFORM pg_advisory_xact_lock(8319104478);
+        PERFORM sse_relay.current_token(h.id + 1) FROM sse_relay.head() h;
+    END IF;
+    RETURN QUERY SELECT * FROM sse_relay.head();
+END $$;
+
+CREATE FUNCTION sse_relay.commit_event() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    event_id bigint;
+    event_token text;
+    target text := NEW.channel;
+    message text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(8319104478);
+    event_id := nextval('sse_relay.event_id');
+    event_token := sse_relay.current_token(event_id);
+    DELETE FROM sse_relay.outbox WHERE n = NEW.n;
+    INSERT INTO sse_relay.event
+        VALUES (event_id, event_token, NEW.channel, NEW.payload, NEW.own_id, clock_timestamp());
+    -- NOTIFY takes channels of 63 bytes: longer ones share one.
+    IF octet_length(convert_to(target, 'UTF8')) > 63 OR target = 'sse_relay_long_names' THEN
+        target := 'sse_relay_long_names';
+    END IF;
+    message := chr(30) || event_token || '-' || event_id || chr(30)
+        || CASE WHEN target = NEW.channel AND target <> 'sse_relay_long_names' THEN '' ELSE NEW.channel END;
+    -- NOTIFY takes payloads of 7,999 bytes: of longer ones the relay reads the row.
+    IF octet_length(message) + 1 + octet_length(NEW.payload) <= 7999 THEN
+        message := message || chr(30) || NEW.payload;
+    END IF;
+    PERFORM pg_notify(target, message);
+    RETURN NULL;
+END $$;
+
+CREATE CONSTRAINT TRIGGER commit_event AFTER INSERT ON sse_relay.outbox
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION sse_relay.commit_event();
+
+-- What notify() calls, which has checked its arguments.
+CREATE FUNCTION sse_relay.publish(channel text, payload text, own_id text) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO sse_relay.outbox (channel, payload, own_id) VALUES ($1, $2, $3)
+$$;
+
+-- The same for triggers and other languages: relay_notify('orders', '{"event": "NEW_ORDER", "data": "hello"}').
+CREATE FUNCTION relay_notify(channel text, payload jsonb) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    own_id text;
+BEGIN
+    IF channel IS NULL OR length(channel) NOT BETWEEN 1 AND 200 OR channel ~ '[\x01-\x1f\x7f-\x9f]' THEN
+        RAISE EXCEPTION 'relay_notify: the channel must be 1 to 200 characters, none of them a control character'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF payload IS NULL THEN
+        RAISE EXCEPTION 'relay_notify: the payload is NULL' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    IF octet_length(payload::text) > 1048576 THEN
+        RAISE EXCEPTION 'relay_notify: the payload is % bytes, 1048576 is the limit', octet_length(payload::text)
+            USING ERRCODE = 'program_limit_exceeded';
+    END IF;
+    IF jsonb_typeof(payload) = 'object' AND payload - ARRAY['event', 'id', 'data', 'retry', 'comment', 'sep'] = '{}' THEN
+        own_id := payload ->> 'id';
+    END IF;
+    INSERT INTO sse_relay.outbox (channel, payload, own_id)
+        VALUES (channel, payload::text, CASE WHEN length(own_id) <= 200 THEN own_id END);
+END $$;
+
+-- Deletes at most `batch` events that are older than `seconds`, or not among the newest `keep` of their channel.
+-- Returns whether there is more to do. Writers only insert, so no row that goes is one that a writer waits for.
+CREATE FUNCTION sse_relay.prune(keep bigint, seconds double precision, batch integer) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    state sse_relay.state;
+    room integer := batch;
+    gone bigint;
+    last bigint;
+    name text;
+    names text[];
+    examined bigint;
+BEGIN
+    -- One at a time, of all relays.
+    IF NOT pg_try_advisory_xact_lock(8319104479) THEN
+        RETURN false;
+    END IF;
+    SELECT * INTO state FROM sse_relay.state;
+    IF keep < state.keep THEN
+        state.counted_through := 0;
+    END IF;
+    -- By age. The times are in the order of the ids.
+    WITH oldest AS (
+        SELECT e.id, e.at FROM sse_relay.event e WHERE e.id > state.pruned_through ORDER BY e.id LIMIT batch
+    ), deleted AS (
+        DELETE FROM sse_relay.event e USING oldest o
+        WHERE e.id = o.id AND o.at < clock_timestamp() - make_interval(secs => seconds) RETURNING e.id
+    )
+    SELECT count(*), max(d.id) INTO gone, last FROM deleted d;
+    IF gone > 0 THEN
+        UPDATE sse_relay.state SET pruned_through = last;
+        DELETE FROM sse_relay.pruned p WHERE p.through <= last;
+        DELETE FROM sse_relay.span s USING sse_relay.span later
+            WHERE later.n > s.n AND later.first_id <= last;
+        RETURN true;
+    END IF;
+    -- By count: only channels that got events since the last time can have too many.
+    SELECT array_agg(DISTINCT r.channel), max(r.id), count(*) INTO names, last, examined
+        FROM (SELECT e.channel, e.id FROM sse_relay.event e WHERE e.id > state.counted_through ORDER BY e.id LIMIT batch) r;
+    FOREACH name IN ARRAY coalesce(names, '{}') LOOP
+        WITH surplus AS (
+            SELECT e.id FROM sse_relay.event e WHERE e.channel = name AND e.id <= (
+                SELECT e.id FROM sse_relay.event e WHERE e.channel = name ORDER BY e.id DESC OFFSET keep LIMIT 1
+            ) ORDER BY e.id LIMIT room
+        ), deleted AS (
+            DELETE FROM sse_relay.event e USING surplus s WHERE e.id = s.id RETURNING e.id
+        ), noted AS (
+            INSERT INTO sse_relay.pruned AS p SELECT name, max(d.id) FROM deleted d HAVING count(*) > 0
+            ON CONFLICT (channel) DO UPDATE SET through = greatest(p.through, excluded.through)
+        )
+        SELECT count(*) INTO gone FROM deleted;
+        room := room - gone;
+        IF room <= 0 THEN
+            -- The rest of these channels is for the next call.
+            UPDATE sse_relay.state s SET counted_through = state.counted_through, keep = prune.keep
+                WHERE s.keep <> prune.keep;
+            RETURN true;
+        END IF;
+    END LOOP;
+    UPDATE sse_relay.state s SET counted_through = coalesce(last, state.counted_through), keep = prune.keep
+        WHERE last IS NOT NULL OR s.keep <> prune.keep;
+    RETURN examined = batch;
+END $$;
+
+REVOKE ALL ON FUNCTION relay_notify(text, jsonb) FROM PUBLIC;
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sse_relay FROM PUBLIC;
+
+SELECT sse_relay.open();
