@@ -37,7 +37,9 @@ def free_port():
 class PostgresServer:
     """One cluster; ``stop`` and ``start`` keep its port."""
 
-    def __init__(self, home):
+    def __init__(self, home, **options):
+        # Durability is not what is tested here, and costs a commit its milliseconds.
+        self.options = {"fsync": "off", "max_connections": "200", "log_statement": "all", **options}
         self.cluster = Cluster(home / "postgresql", _postgres_binaries(home))
         self.cluster.create()
         self.start()
@@ -45,8 +47,7 @@ class PostgresServer:
         self.url = self.cluster.url
 
     def start(self):
-        # Durability is not what is tested here, and costs a commit its milliseconds.
-        self.cluster.start(fsync="off", max_connections="200", log_statement="all")
+        self.cluster.start(**self.options)
 
     def stop(self, mode="fast"):
         self.cluster.stop(mode)
@@ -74,6 +75,15 @@ class PostgresServer:
         return self.execute("SELECT pid FROM pg_stat_activity WHERE application_name = 'sse-relay-server'")
 
     @property
+    def port(self):
+        return int(self.url.rpartition(":")[2].partition("/")[0])
+
+    def processes(self):
+        """The process ids of the server, all of them."""
+        postmaster = int((self.cluster.data / "postmaster.pid").read_text().split()[0])
+        return [postmaster, *map(int, Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split())]
+
+    @property
     def environment(self):
         return {"DATABASE_URL": self.url}
 
@@ -85,8 +95,9 @@ class PostgresServer:
 class RedisServer:
     """One server; ``stop`` and ``start`` keep its port."""
 
-    def __init__(self, home):
+    def __init__(self, home, *, persistent=False):
         self.home = home
+        self.options = ["--appendonly", "yes", "--appendfsync", "always"] if persistent else ["--save", ""]
         self.binary = _redis_binary()
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -94,7 +105,10 @@ class RedisServer:
 
     def start(self):
         self.process = subprocess.Popen(
-            [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self.home)],
+            [
+                *(self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.home)),
+                *self.options,
+            ],
             stdout=subprocess.DEVNULL,
         )
         self.client = redis.Redis(port=self.port)
@@ -110,6 +124,9 @@ class RedisServer:
 
     def listeners(self):
         return [client for client in self.client.client_list(_type="pubsub") if client["name"] == "sse-relay-server"]
+
+    def processes(self):
+        return [self.process.pid]
 
     @property
     def environment(self):

@@ -17,7 +17,7 @@ if not token or run ~= ARGV[3] then
 end
 -- What came before was kept for a shorter time, or not at all.
 if not seconds or tonumber(seconds) < tonumber(ARGV[2]) then
-    redis.call('HSET', KEYS[1], 'since', time)
+    redis.call('HSET', KEYS[1], 'since', last)
 end
 redis.call('HSET', KEYS[1], 'keep', ARGV[1], 'seconds', ARGV[2])
 redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -1001)

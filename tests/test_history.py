@@ -1,0 +1,300 @@
+"""Streams over the losses that history is for: on real servers, with real signals, while events are published."""
+
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from contextlib import ExitStack
+
+import psycopg2
+import pytest
+from fleet import Fleet, Numbers
+from outages import Proxy, end_listeners
+from redis.exceptions import RedisError
+from pages import Pages
+from relay import Relay, run
+from servers import PostgresServer, RedisServer, until
+
+EVENTS = 5000
+CHANNELS = [f"channel-{number}" for number in range(20)]
+
+
+@pytest.fixture
+def server(request, home, channel, tmp_path):
+    """A broker of the test's own, of the kind in ``request.param``, that keeps a history where it is asked to."""
+    folder = home / f"kept-{channel}"
+    folder.mkdir(mode=0o755)
+    if request.param == "postgres":
+        server = PostgresServer(folder, log_statement="none")
+    else:
+        server = RedisServer(folder, persistent=True)
+    try:
+        if request.param == "postgres":
+            assert run("init-db", cwd=tmp_path, **server.environment).returncode == 0
+        yield server
+    finally:
+        server.stop("immediate")
+
+
+both = pytest.mark.parametrize("server", ["postgres", "redis"], indirect=True)
+postgres = pytest.mark.parametrize("server", ["postgres"], indirect=True)
+redis = pytest.mark.parametrize("server", ["redis"], indirect=True)
+
+
+def storm(broker, tmp_path, disturb, *, untouched=None, environment=None):
+    """
+    Publish while ``disturb(relays)`` does its worst, to 200 streams with history and 200 without, and compare.
+
+    ``untouched`` says of a stream without history whether it could miss anything at all.
+    """
+    with ExitStack() as stack:
+        relays = [
+            stack.enter_context(
+                Relay(tmp_path, "--workers", "2", "--history", history, **(environment or broker.environment))
+            )
+            for history in ("100000", "0")
+        ]
+        ports = [relay.port for relay in relays]
+        paths = [f"/channel={channel}" for channel in CHANNELS for _ in range(10)]
+        fleets = [stack.enter_context(Fleet(paths, port)) for port in ports]
+        numbers = Numbers(broker, CHANNELS, EVENTS)
+        done = threading.Event()
+        errors = []
+
+        def work():
+            try:
+                disturb(relays, fleets)
+            except Exception as exc:
+                errors.append(exc)
+            finally:
+                done.set()
+
+        disturber = threading.Thread(target=work, daemon=True)
+        numbers.start()
+        disturber.start()
+
+        def step(condition, what, seconds):
+            end = time.monotonic() + seconds
+            while not condition():
+                assert time.monotonic() < end, f"{what}: {[relay.log[-3000:] for relay in relays]}"
+                for fleet in fleets:
+                    fleet.step(0.01)
+
+        step(done.is_set, "the disturbance ends", 120)
+        numbers.enough.set()
+        step(lambda: not numbers.is_alive(), "all are published", 60)
+        assert not errors
+        truth = {channel: kept_events(broker, channel) for channel in CHANNELS}
+        for channel in CHANNELS:
+            assert is_part(numbers.taken[channel], truth[channel]), "an event that the broker took is not kept"
+        with_history, without = (
+            [(stream, truth[stream.path.removeprefix("/channel=")]) for stream in fleet.streams] for fleet in fleets
+        )
+        step(lambda: all(stream.got[-1:] == kept[-1:] for stream, kept in with_history), "the last event", 60)
+        for stream, kept in with_history:
+            assert stream.got == kept, difference(stream, kept)
+            assert not stream.resets
+        for channel in CHANNELS:
+            broker.publish(channel, "end")
+        step(lambda: all(stream.got[-1:] == ["end"] for stream, _ in without), "the end", 60)
+        for stream, kept in without:
+            got = stream.got[:-1]
+            assert is_part(got, kept), f"out of order or doubled: {difference(stream, kept)}"
+            assert stream.resets or got == kept, f"missed without a word: {difference(stream, kept)}"
+            if untouched and untouched(stream):
+                assert (stream.resets, got) == ([], kept)
+        return fleets
+
+
+def kept_events(broker, channel):
+    if broker.kind == "postgres":
+        rows = broker.execute(
+            "SELECT payload::jsonb ->> 'data' FROM sse_relay.event WHERE channel = %s ORDER BY id", channel
+        )
+        return [data for (data,) in rows]
+    found = broker.client.xrange(f"sse-relay:events:{channel}")
+    return [json.loads(fields[b"payload"])["data"] for _, fields in found]
+
+
+def is_part(some, whole):
+    """Whether ``some`` are in ``whole``, in its order, each once."""
+    rest = iter(whole)
+    return all(item in rest for item in some)
+
+
+def difference(stream, kept):
+    lost = [item for item in kept if item not in set(stream.got)]
+    return f"{stream.path}: {stream.connections} connections, {len(stream.got)} of {len(kept)}, lost {lost[:20]}"
+
+
+def only_once(stream):
+    return stream.connections == 1
+
+
+@both
+def test_workers_are_killed(server, tmp_path):
+    """kill -9 of random workers, ten times."""
+
+    def disturb(relays, fleets):
+        for _ in range(10):
+            time.sleep(0.4)
+            for relay in relays:
+                os.kill(random.choice(until(relay.workers, "workers")), signal.SIGKILL)
+
+    fleets = storm(server, tmp_path, disturb, untouched=only_once)
+    assert any(stream.connections > 2 for stream in fleets[0].streams)
+
+
+@both
+def test_reload(server, tmp_path):
+    """SIGHUP, five times."""
+
+    def disturb(relays, fleets):
+        for times in range(1, 6):
+            for relay in relays:
+                relay.signal(signal.SIGHUP)
+            for relay in relays:
+                until(lambda relay=relay, times=times: relay.log.count(" reloaded") == times, "reloaded", 60)
+
+    storm(server, tmp_path, disturb, untouched=only_once)
+
+
+@both
+def test_relay_stops_and_starts(server, tmp_path):
+    """The whole relay, as in an upgrade; another one takes its port."""
+    with ExitStack() as stack:
+
+        def disturb(relays, fleets):
+            for relay, history in zip(list(relays), ("100000", "0"), strict=True):
+                assert relay.stop() == 0
+                stack.enter_context(
+                    Relay(tmp_path, "--workers", "2", "--history", history, port=relay.port, **server.environment)
+                )
+
+        storm(server, tmp_path, disturb)
+
+
+@postgres
+@pytest.mark.parametrize("how", ["terminate", "fast", "immediate", "stopped"])
+def test_postgres_goes_away(server, tmp_path, how):
+    """pg_terminate_backend of the listeners, restarts, and a server that stands still for 20 s."""
+
+    def disturb(relays, fleets):
+        if how == "terminate":
+            for _ in range(5):
+                time.sleep(0.5)
+                end_listeners(server)
+        elif how == "stopped":
+            stand_still(server.processes(), 20)
+        else:
+            time.sleep(1)
+            server.stop(how)
+            server.start()
+        until(lambda: len(listeners(server)) == 4, "all workers are back", 40)
+
+    storm(server, tmp_path, disturb)
+
+
+@redis
+@pytest.mark.parametrize("how", ["kill", "fast", "immediate", "stopped", "buffer"])
+def test_redis_goes_away(server, tmp_path, how):
+    """CLIENT KILL, restarts with its data, a server that stands still for 20 s, and one that throws its readers out."""
+
+    def disturb(relays, fleets):
+        if how == "kill":
+            for _ in range(5):
+                time.sleep(0.5)
+                end_listeners(server)
+        elif how == "stopped":
+            stand_still(server.processes(), 20)
+        elif how == "buffer":
+            overflow(server, relays)
+        else:
+            time.sleep(1)
+            server.stop(how)
+            server.start()
+        until(lambda: len(listeners(server)) == 4, "all workers are back", 40)
+
+    storm(server, tmp_path, disturb)
+
+
+@both
+def test_network_is_cut(server, tmp_path):
+    """Not a packet for 30 s, in either direction: noticed by a probe, not after the kernel's two hours."""
+    with Proxy(server.port) as proxy:
+        url = server.url.replace(f":{server.port}/", f":{proxy.port}/")
+
+        def disturb(relays, fleets):
+            time.sleep(1)
+            proxy.freeze()
+            for relay in relays:
+                until(lambda relay=relay: relay.log.count("is not reachable") >= 2, "both workers notice", 28)
+            time.sleep(2)
+            proxy.thaw()
+            until(lambda: len(listeners(server)) >= 4, "all workers are back", 40)
+
+        storm(server, tmp_path, disturb, environment=dict.fromkeys(server.environment, url))
+
+
+@both
+def test_stream_that_leaves_one_relay_goes_on_at_the_other(server, tmp_path, channel):
+    """Two relays on one broker, and streams that take turns between them."""
+    with (
+        Relay(tmp_path, "--workers", "1", "--history", "100000", **server.environment) as one,
+        Relay(tmp_path, "--workers", "1", "--history", "100000", **server.environment) as other,
+        Fleet([f"/channel={name}" for name in CHANNELS for _ in range(10)], one.port, other.port) as fleet,
+    ):
+        numbers = Numbers(server, CHANNELS, EVENTS)
+        numbers.start()
+        while numbers.is_alive():
+            fleet.step()
+            for stream in random.sample(fleet.streams, 2):
+                if stream.page.status and not stream.page.closed:
+                    stream.page.socket.shutdown(socket.SHUT_RDWR)
+            numbers.enough.set()
+        truth = {name: kept_events(server, name) for name in CHANNELS}
+        expected = [(stream, truth[stream.path.removeprefix("/channel=")]) for stream in fleet.streams]
+        fleet.until(lambda: all(stream.got[-1:] == kept[-1:] for stream, kept in expected), "the last event")
+        for stream, kept in expected:
+            assert stream.got == kept, difference(stream, kept)
+            assert not stream.resets
+        assert max(stream.connections for stream in fleet.streams) > 3
+
+
+def stand_still(pids, seconds):
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def listeners(server):
+    """The relays' sessions, asked for in a way that a server that is not back yet does not fail."""
+    try:
+        return server.listeners()
+    except (psycopg2.Error, ConnectionError, RedisError):
+        return []
+
+
+def overflow(server, relays):
+    """Let Redis find its readers too slow: they stand still while it has more for them than it may keep."""
+    server.client.config_set("client-output-buffer-limit", "pubsub 1mb 0 0")
+    with Pages() as pages:
+        for relay in relays:
+            pages.open(relay.port, ["/channel=flood"] * 16)  # some of them on each worker
+        workers = [pid for relay in relays for pid in relay.workers()]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            for _ in range(64):  # the kernel's buffers take some
+                server.publish("flood", "x" * 1_000_000)
+            assert not server.listeners()
+        finally:
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
