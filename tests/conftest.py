@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from pages import Pages
-from relay import Relay
-from servers import PostgresServer, RedisServer
+from relay import Relay, run
+from servers import PostgresServer, RedisServer, execute, until
 from tornado.ioloop import IOLoop
+
+from tornado_relay.events import own_id, serialize
+from tornado_relay.publish import open_publisher
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -71,3 +74,55 @@ def io_loop():
 def pages():
     with Pages() as opened:
         yield opened
+
+
+class Kept:
+    """A broker whose events are kept: a database of its own, with the history set up."""
+
+    def __init__(self, kind, server, url):
+        self.kind = kind
+        self.server = server
+        self.url = url
+        self.environment = {"DATABASE_URL" if kind == "postgres" else "REDIS_URL": url, "RELAY_HISTORY": "10000"}
+        self.publisher = open_publisher(kind, url)
+
+    def publish(self, channel, *data, **fields):
+        """Publish an event for each of ``data``, as notify() does."""
+        for each in data:
+            event = {"data": each, **fields}
+            self.publisher.publish(channel, serialize(event), own_id(event))
+
+    def by_hand(self, channel, payload):
+        """Publish what no history keeps."""
+        self.server.publish(channel, payload) if self.kind == "redis" else self.execute(
+            "SELECT pg_notify(%s, %s)", channel, payload
+        )
+
+    def execute(self, statement, *arguments):
+        return execute(self.url, statement, *arguments)
+
+
+@pytest.fixture(scope="session")
+def kept_postgres(postgres_server, tmp_path_factory):
+    postgres_server.execute("CREATE DATABASE kept")
+    url = postgres_server.url.removesuffix("relay") + "kept"
+    done = run("init-db", cwd=tmp_path_factory.mktemp("init-db"), DATABASE_URL=url)
+    assert done.returncode == 0, done.stderr
+    yield (kept := Kept("postgres", postgres_server, url))
+    kept.publisher.close()
+
+
+@pytest.fixture(scope="session")
+def kept_redis(redis_server, tmp_path_factory):
+    url = redis_server.url.removesuffix("0") + "5"
+    # The first relay that wants a history is what sets it up.
+    with Relay(tmp_path_factory.mktemp("first"), "--workers", "1", REDIS_URL=url, RELAY_HISTORY="10000") as relay:
+        until(lambda: "the history is at" in relay.log, "the history is set up")
+    yield (kept := Kept("redis", redis_server, url))
+    kept.publisher.close()
+
+
+@pytest.fixture(params=["postgres", "redis"])
+def kept(request):
+    """Each broker in turn, with a history."""
+    return request.getfixturevalue(f"kept_{request.param}")

@@ -34,6 +34,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def execute(url, statement, *arguments):
+    """Run a statement by itself, and return its rows."""
+    connection = psycopg2.connect(url)
+    connection.autocommit = True
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(statement, arguments or None)
+            return cursor.fetchall() if cursor.description else []
+    finally:
+        connection.close()
+
+
 class PostgresServer:
     """One cluster; ``stop`` and ``start`` keep its port."""
 
@@ -53,14 +65,7 @@ class PostgresServer:
         self.cluster.stop(mode)
 
     def execute(self, statement, *arguments):
-        connection = psycopg2.connect(self.url)
-        connection.autocommit = True
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute(statement, arguments or None)
-                return cursor.fetchall() if cursor.description else []
-        finally:
-            connection.close()
+        return execute(self.url, statement, *arguments)
 
     @property
     def log(self):

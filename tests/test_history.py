@@ -13,8 +13,8 @@ import psycopg2
 import pytest
 from fleet import Fleet, Numbers
 from outages import Proxy, end_listeners
-from redis.exceptions import RedisError
 from pages import Pages
+from redis.exceptions import RedisError
 from relay import Relay, run
 from servers import PostgresServer, RedisServer, until
 

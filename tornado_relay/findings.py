@@ -88,7 +88,8 @@ def _ping_postgres(settings: Settings) -> str:
         publisher.publish(channel, "{}")
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
-        while not connection.notifies:
+        # A pooler in transaction mode may have handed us the notifications of another.
+        while not any(notify.channel == channel for notify in connection.notifies):
             if not poller.poll(max(0.0, started + TIMEOUT - time.monotonic()) * 1000):
                 raise RelayError(
                     "a NOTIFY did not come back to LISTEN; is a pooler in transaction mode in between? "

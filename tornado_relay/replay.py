@@ -140,7 +140,10 @@ class Replay:
         if last_event_id == EARLIEST:
             return 0
         if cursor and cursor.token in self._spans:
-            return cursor.seq if self._spans.admits(cursor) else None
+            if self.newest and cursor.seq > self.newest.seq:
+                await self._next_read()
+            known = self.newest and cursor.seq <= self.newest.seq and self._spans and self._spans.admits(cursor)
+            return cursor.seq if known else None
         return await self._history.find(last_event_id, audible)
 
     async def refresh(self) -> None:

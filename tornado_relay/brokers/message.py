@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 RS = "\x1e"
 
-_MARK = re.compile(f"{RS}([0-9a-z]{{1,16}}-([1-9][0-9]{{0,18}})){RS}([^{RS}]*)(?:{RS}(.*))?", re.DOTALL)
+_MARK = re.compile(f"{RS}([0-9a-f]{{8}}-([1-9][0-9]{{0,18}})){RS}([^{RS}]*)(?:{RS}(.*))?", re.DOTALL)
 
 
 class Message(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 EARLIEST = "earliest"
 """As a last event id: all that is kept."""
 
-_CURSOR = re.compile("([0-9a-z]{1,16})-(0|[1-9][0-9]{0,18})")
+_CURSOR = re.compile("([0-9a-f]{8})-(0|[1-9][0-9]{0,18})")
 
 
 class Cursor(NamedTuple):

@@ -78,14 +78,14 @@ END $$;
 
 -- Returns where the history ends now.
 CREATE FUNCTION sse_relay.head() RETURNS TABLE (token text, id bigint)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE sql STABLE ROWS 1 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT (SELECT s.token FROM sse_relay.span s WHERE s.first_id <= h.id + 1 ORDER BY s.n DESC LIMIT 1), h.id
     FROM (SELECT coalesce((SELECT max(e.id) FROM sse_relay.event e), (SELECT s.pruned_through FROM sse_relay.state s))) h (id)
 $$;
 
 -- The same for a relay that connects: from here on ids that this database has not drawn are told from those it has.
 CREATE FUNCTION sse_relay.open() RETURNS TABLE (token text, id bigint)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql ROWS 1 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF NOT EXISTS (
         SELECT FROM (SELECT * FROM sse_relay.span s ORDER BY s.n DESC LIMIT 1) newest
