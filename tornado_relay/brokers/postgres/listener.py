@@ -37,7 +37,7 @@ _FETCH = "SELECT id, payload FROM sse_relay.event WHERE id = ANY(%s)"
 
 # A page of the history is read in the order of an index, and no more of it than is asked for. Compiling such a query
 # took a hundred times as long as running it.
-_SET_UP = "SET jit = off; SET enable_bitmapscan = off; SELECT pg_backend_pid()"
+_SET_UP = "SET jit = off; SET enable_bitmapscan = off"
 
 # A server that is starting, stopping or full will be another in a moment; every other FATAL at connect
 # (password, database, pg_hba.conf) needs a person. libpq gives no SQLSTATE here, only this text.
@@ -121,6 +121,7 @@ class PostgresListener:
             await self._connect()
             await self._execute("LISTEN", [self._probe_channel])
             await self._check_pooler()
+            await self._run(_SET_UP)
             await self._send_all()
             on_up()
             await self._serve()
@@ -182,11 +183,8 @@ class PostgresListener:
                 await self._send_all()
 
     async def _answer(self, statement: str, arguments: Any, future: asyncio.Future[list[tuple[Any, ...]]]) -> None:
-        cursor = self._connection.cursor()
         try:
-            cursor.execute(statement, arguments)
-            await asyncio.wait_for(self._finish_command(), ANSWER_TIMEOUT)
-            rows = cursor.fetchall()
+            rows = await self._run(statement, arguments)
         except (psycopg2.Error, asyncio.TimeoutError, asyncio.CancelledError) as exc:
             ends = not isinstance(exc, psycopg2.Error) or self._connection.closed
             if not future.done():
@@ -197,18 +195,13 @@ class PostgresListener:
         else:
             if not future.done():
                 future.set_result(rows)
-        finally:
-            cursor.close()
 
     async def _probe(self) -> None:
         """Send a NOTIFY to ourselves, and fail if it does not come."""
         self._probed = asyncio.get_running_loop().create_future()
         begin = self._loop.time()
-        cursor = self._connection.cursor()
-        cursor.execute("SELECT pg_notify(%s, '')", (self._probe_channel,))
         try:
-            await asyncio.wait_for(self._finish_command(), PROBE_TIMEOUT)
-            cursor.close()
+            await self._run("SELECT pg_notify(%s, '')", (self._probe_channel,), PROBE_TIMEOUT)
         except asyncio.TimeoutError as exc:
             raise BrokerUnavailable(f"no answer in {PROBE_TIMEOUT:.0f} s; the connection is dead") from exc
         await self._await_probe(self._probed)
@@ -232,15 +225,18 @@ class PostgresListener:
         keeps a session for us is seen by a NOTIFY of another one: in transaction mode, what comes for a
         session outside of a transaction reaches nobody.
         """
-        cursor = self._connection.cursor()
-        cursor.execute(_SET_UP)
-        await asyncio.wait_for(self._finish_command(), ANSWER_TIMEOUT)
-        ((pid,),) = cursor.fetchall()
-        cursor.close()
+        ((pid,),) = await self._run("SELECT pg_backend_pid()")
         if pid == self._connection.info.backend_pid:
             return
         self._probed = asyncio.get_running_loop().create_future()
-        await asyncio.get_running_loop().run_in_executor(None, _notify_once, self._dsn, self._probe_channel)
+        notifying = asyncio.get_running_loop().run_in_executor(None, _notify_once, self._dsn, self._probe_channel)
+        try:
+            await asyncio.wait_for(notifying, ANSWER_TIMEOUT)
+        except asyncio.TimeoutError as exc:
+            raise BrokerUnavailable(
+                "the pooler has no free session for a NOTIFY; make its pool larger, "
+                "or set RELAY_LISTEN_DATABASE_URL to the server itself"
+            ) from exc
         try:
             await self._await_probe(self._probed)
         except BrokerUnavailable as exc:
@@ -270,9 +266,17 @@ class PostgresListener:
         """Run ``command`` for each of ``names``, all in one round trip."""
         if names:
             quoted = ['"' + name.replace('"', '""') + '"' for name in names]
-            cursor = self._connection.cursor()
-            cursor.execute(";".join(f"{command} {name}" for name in quoted))
-            await asyncio.wait_for(self._finish_command(), ANSWER_TIMEOUT)
+            await self._run(";".join(f"{command} {name}" for name in quoted))
+
+    async def _run(
+        self, statement: str, arguments: Any = None, timeout: float = ANSWER_TIMEOUT
+    ) -> list[tuple[Any, ...]]:
+        cursor = self._connection.cursor()
+        try:
+            cursor.execute(statement, arguments)
+            await asyncio.wait_for(self._finish_command(), timeout)
+            return cursor.fetchall() if cursor.description else []
+        finally:
             cursor.close()
 
     async def _finish_command(self) -> None:

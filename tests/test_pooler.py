@@ -1,0 +1,149 @@
+"""A real PgBouncer in front of the server: what the relay needs of it, and what it says where it cannot have that."""
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+from contextlib import closing
+
+import psycopg2
+import pytest
+from programs import program
+from psycopg2.extensions import parse_dsn
+from relay import Relay, run
+from servers import PATIENCE, free_port, until
+
+from tornado_relay.publish import open_publisher
+
+
+class PgBouncer:
+    """A pooler in front of ``server`` while the ``with`` lasts, for the databases and the user of its URL."""
+
+    def __init__(self, binary, home, server, mode):
+        self.server = server
+        self.port = free_port()
+        self.home = home / f"pgbouncer-{self.port}"
+        self.home.mkdir(mode=0o700)
+        options = parse_dsn(server.url)
+        (self.home / "users").write_text(f'"{options["user"]}" "{options["password"]}"\n')
+        (self.home / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host=127.0.0.1 port={options['port']}\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
+            f"auth_type = scram-sha-256\nauth_file = {self.home}/users\npool_mode = {mode}\n"
+        )
+        self.url = self.url_of(server.url)
+        as_owner = {}
+        if os.geteuid() == 0:  # as which it refuses to run
+            owner = pwd.getpwnam("nobody")
+            as_owner = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
+            for path in (self.home, *self.home.iterdir()):
+                os.chown(path, owner.pw_uid, owner.pw_gid)
+        with (self.home / "log").open("w") as log:
+            self.process = subprocess.Popen([binary, self.home / "pgbouncer.ini"], stderr=log, **as_owner)
+
+    def __enter__(self):
+        try:
+            until(self.answers, "PgBouncer answers")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        shutil.rmtree(self.home)
+
+    def url_of(self, url):
+        """Return the way through the pooler to a database of the server."""
+        return url.replace(f":{parse_dsn(url)['port']}/", f":{self.port}/")
+
+    def answers(self):
+        assert self.process.poll() is None, f"PgBouncer ended:\n{(self.home / 'log').read_text()}"
+        try:
+            psycopg2.connect(self.url).close()
+        except psycopg2.OperationalError as exc:
+            if "refused" not in str(exc):
+                raise
+            return False
+        return True
+
+
+@pytest.fixture
+def pooler(request, home, postgres_server):
+    with PgBouncer(program("pgbouncer"), home, postgres_server, request.param) as running:
+        yield running
+
+
+session = pytest.mark.parametrize("pooler", ["session"], indirect=True)
+# The modes that give LISTEN to whatever session is free.
+mixing = pytest.mark.parametrize("pooler", ["transaction", "statement"], indirect=True)
+
+
+@mixing
+def test_relay_does_not_start_where_listen_is_lost(pooler, tmp_path):
+    """It ends by itself, and says in a line what is wrong and what to set."""
+    done = run("--host", "127.0.0.1", "--port", free_port(), "--workers", "2", cwd=tmp_path, DATABASE_URL=pooler.url)
+    assert done.returncode == 1
+    (reason,) = [line for line in done.stderr.splitlines() if "cannot start" in line]
+    assert "a pooler in transaction mode; set RELAY_LISTEN_DATABASE_URL to the server itself" in reason
+    assert "Traceback" not in done.stderr
+    assert "listening on" not in done.stderr
+
+
+@mixing
+def test_check_tells(pooler, tmp_path):
+    """Status 1, and the same advice."""
+    done = run("check", cwd=tmp_path, DATABASE_URL=pooler.url)
+    assert done.returncode == 1
+    (reason,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert re.search("a pooler in transaction mode.*RELAY_LISTEN_DATABASE_URL", reason)
+
+
+@mixing
+def test_publishers_may_go_through_where_the_relay_does_not(pooler, tmp_path, pages, channel):
+    """RELAY_LISTEN_DATABASE_URL is the server itself, and DATABASE_URL the pooler."""
+    urls = {"DATABASE_URL": pooler.url, "RELAY_LISTEN_DATABASE_URL": pooler.server.url}
+    checked = run("check", cwd=tmp_path, **urls)
+    assert checked.returncode == 0, checked.stdout
+    with Relay(tmp_path, "--workers", "2", **urls) as relay:
+        opened = pages.open(relay.port, [f"/channel={channel}"] * 4)
+        with closing(open_publisher("postgres", pooler.url)) as publisher:
+            publisher.publish(channel, '{"data":"through"}')
+        pages.until(lambda: all(page.data == ["through"] for page in opened), "the event")
+
+
+@mixing
+def test_history_is_added_to_through_the_pooler(pooler, tmp_path, pages, channel):
+    """A stream that comes back gets what it missed, in order."""
+    pooler.server.execute(f'CREATE DATABASE "{channel}"')
+    url = pooler.server.url.removesuffix("relay") + channel
+    urls = {"DATABASE_URL": pooler.url_of(url), "RELAY_LISTEN_DATABASE_URL": url}
+    done = run("init-db", cwd=tmp_path, **urls)
+    assert done.returncode == 0, done.stderr
+    with (
+        Relay(tmp_path, "--workers", "2", RELAY_HISTORY="100", **urls) as relay,
+        closing(open_publisher("postgres", urls["DATABASE_URL"])) as publisher,
+    ):
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        publisher.publish(channel, '{"data":"seen"}')
+        pages.until(lambda: page.data == ["seen"], "the event")
+        pages.close(page)
+        for data in ("missed", "missed too"):
+            publisher.publish(channel, f'{{"data":"{data}"}}')
+        (back,) = pages.open(relay.port, [page.path], {"Last-Event-ID": page.parser.last_event_id})
+        pages.until(lambda: back.data == ["missed", "missed too"], "what was missed")
+
+
+@session
+def test_session_of_its_own_through_a_pooler_is_enough(pooler, tmp_path, pages, channel):
+    """In session mode LISTEN works, and nobody is accused."""
+    checked = run("check", cwd=tmp_path, DATABASE_URL=pooler.url)
+    assert checked.returncode == 0, checked.stdout
+    with Relay(tmp_path, "--workers", "2", DATABASE_URL=pooler.url) as relay:
+        opened = pages.open(relay.port, [f"/channel={channel}"] * 4)
+        with closing(open_publisher("postgres", pooler.url)) as publisher:
+            publisher.publish(channel, '{"data":"through"}')
+        pages.until(lambda: all(page.data == ["through"] for page in opened), "the event")
+        assert "pooler" not in relay.log
