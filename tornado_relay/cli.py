@@ -221,10 +221,13 @@ def _raise_descriptor_limit() -> None:
 class _Parser(argparse.ArgumentParser):
     """Answers wrong usage in one line."""
 
+    command_flags: tuple[str, ...] = ()
+    """Flags that only some of the commands have."""
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Look at the flags first: argparse would take the value of a misspelt one for a command."""
         args = sys.argv[1:] if args is None else args
-        known = {"--", *self._option_string_actions}
+        known = {"--", *self._option_string_actions, *self.command_flags}
         if unknown := [text for text in args if text.startswith("--") and text.partition("=")[0] not in known]:
             self.error(f"there is no flag {unknown[0]}")
         return super().parse_known_args(args, namespace)
@@ -265,7 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("check", "show the settings, send an event through each broker, and exit with 1 if anything fails")
     init = command("init-db", "set up, or bring up to date, the history of events in PostgreSQL (RELAY_HISTORY)")
-    init.add_argument("--print-sql", action="store_true", help="print the SQL for psql, and connect to nothing")
+    parser.command_flags = ("--print-sql",)
+    init.add_argument(*parser.command_flags, action="store_true", help="print the SQL for psql, and connect to nothing")
     return parser
 
 

@@ -28,7 +28,7 @@ def script() -> str:
     """Return all of it as one text for psql, for a database that has none of it."""
     parts = [f"{text}\n{_RECORD.replace('%s', str(number))};\n" for number, text in versions()]
     remarks = "".join(f"-- {line}\n" for line in grants().splitlines())
-    return "BEGIN;\n\n" + "\n".join(parts) + "\nCOMMIT;\n\n" + remarks
+    return "BEGIN;\nSET LOCAL standard_conforming_strings = on;\n\n" + "\n".join(parts) + "\nCOMMIT;\n\n" + remarks
 
 
 def install(url: str) -> Iterator[str]:
@@ -49,8 +49,11 @@ def install(url: str) -> Iterator[str]:
         connection = psycopg2.connect(dsn.complete(url, "sse-relay-init-db"))
     except psycopg2.Error as exc:
         raise BrokerUnavailable(f"PostgreSQL cannot be reached: {' '.join(str(exc).split())}") from exc
+    # A snapshot from before the lock would not show what another run has just made.
+    connection.set_session(isolation_level="READ COMMITTED")
     try:
         with connection, connection.cursor() as cursor:
+            cursor.execute("SET LOCAL standard_conforming_strings = on")
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
             found = _installed(cursor)
             newest = versions()[-1][0]

@@ -43,35 +43,46 @@ CREATE TABLE sse_relay.span (
     first_id bigint NOT NULL,
     token text NOT NULL UNIQUE,
     server_start timestamptz NOT NULL,
-    filenode oid NOT NULL
+    filenode oid NOT NULL,
+    database oid NOT NULL
 );
 
--- Up to where events have been deleted: all of them by age, and a channel's by count.
+-- Up to where events have been deleted by age, and up to where they have been counted.
 CREATE TABLE sse_relay.state (
     pruned_through bigint NOT NULL DEFAULT 0,
-    counted_through bigint NOT NULL DEFAULT 0,
-    keep bigint NOT NULL DEFAULT 0
+    counted_through bigint NOT NULL DEFAULT 0
 );
 INSERT INTO sse_relay.state DEFAULT VALUES;
+
+-- How many of the counted events of a channel are there, and up to where they have been deleted for being too many.
 CREATE TABLE sse_relay.pruned (
     channel text PRIMARY KEY,
-    through bigint NOT NULL
+    kept bigint NOT NULL,
+    through bigint NOT NULL DEFAULT 0
 );
-CREATE INDEX pruned_through ON sse_relay.pruned (through);
+CREATE INDEX pruned_kept ON sse_relay.pruned (kept);
 
--- Returns the token for ids from `next_id` on. The caller holds the lock.
-CREATE FUNCTION sse_relay.current_token(next_id bigint) RETURNS text
+-- Returns the token for the next id. The caller holds the lock, and draws the id behind this: a copy of the data that
+-- was put in place may draw from further on than its last event, and what is in between is of the lost time.
+CREATE FUNCTION sse_relay.current_token() RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     newest sse_relay.span;
     node oid := pg_relation_filenode('sse_relay.event');
+    base oid := (SELECT d.oid FROM pg_database d WHERE d.datname = current_database());
 BEGIN
     SELECT * INTO newest FROM sse_relay.span ORDER BY n DESC LIMIT 1;
-    IF newest.server_start = pg_postmaster_start_time() AND newest.filenode = node THEN
+    IF newest.server_start = pg_postmaster_start_time() AND newest.filenode = node AND newest.database = base THEN
         RETURN newest.token;
     END IF;
-    INSERT INTO sse_relay.span (first_id, token, server_start, filenode)
-        VALUES (next_id, left(md5(random()::text || clock_timestamp()), 8), pg_postmaster_start_time(), node)
+    -- Also lets a transaction fail (40001) whose snapshot does not see a span that has begun since.
+    UPDATE sse_relay.state s SET pruned_through = CASE
+        WHEN newest.filenode <> node AND NOT EXISTS (SELECT FROM sse_relay.event)
+            THEN greatest(s.pruned_through, (SELECT q.last_value FROM sse_relay.event_id q WHERE q.is_called))
+        ELSE s.pruned_through END;
+    INSERT INTO sse_relay.span (first_id, token, server_start, filenode, database)
+        SELECT h.id + 1, left(md5(random()::text || clock_timestamp()), 8), pg_postmaster_start_time(), node, base
+        FROM sse_relay.head() h
         RETURNING token INTO newest.token;
     RETURN newest.token;
 END $$;
@@ -91,9 +102,10 @@ BEGIN
         SELECT FROM (SELECT * FROM sse_relay.span s ORDER BY s.n DESC LIMIT 1) newest
         WHERE newest.server_start = pg_postmaster_start_time()
             AND newest.filenode = pg_relation_filenode('sse_relay.event')
+            AND newest.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
     ) THEN
         PERFORM pg_advisory_xact_lock(8319104478);
-        PERFORM sse_relay.current_token(h.id + 1) FROM sse_relay.head() h;
+        PERFORM sse_relay.current_token();
     END IF;
     RETURN QUERY SELECT * FROM sse_relay.head();
 END $$;
@@ -107,8 +119,8 @@ DECLARE
     message text;
 BEGIN
     PERFORM pg_advisory_xact_lock(8319104478);
+    event_token := sse_relay.current_token();
     event_id := nextval('sse_relay.event_id');
-    event_token := sse_relay.current_token(event_id);
     DELETE FROM sse_relay.outbox WHERE n = NEW.n;
     INSERT INTO sse_relay.event
         VALUES (event_id, event_token, NEW.channel, NEW.payload, NEW.own_id, clock_timestamp());
@@ -128,6 +140,8 @@ END $$;
 
 CREATE CONSTRAINT TRIGGER commit_event AFTER INSERT ON sse_relay.outbox
     DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION sse_relay.commit_event();
+-- In sessions with session_replication_role = replica as well.
+ALTER TABLE sse_relay.outbox ENABLE ALWAYS TRIGGER commit_event;
 
 -- What notify() calls, which has checked its arguments.
 CREATE FUNCTION sse_relay.publish(channel text, payload text, own_id text) RETURNS void
@@ -156,7 +170,7 @@ BEGIN
         own_id := payload ->> 'id';
     END IF;
     INSERT INTO sse_relay.outbox (channel, payload, own_id)
-        VALUES (channel, payload::text, CASE WHEN length(own_id) <= 200 THEN own_id END);
+        VALUES (channel, payload::text, CASE WHEN length(own_id) BETWEEN 1 AND 200 THEN own_id END);
 END $$;
 
 -- Deletes at most `batch` events that are older than `seconds`, or not among the newest `keep` of their channel.
@@ -165,61 +179,64 @@ CREATE FUNCTION sse_relay.prune(keep bigint, seconds double precision, batch int
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     state sse_relay.state;
-    room integer := batch;
-    gone bigint;
     last bigint;
-    name text;
-    names text[];
     examined bigint;
+    gone bigint;
+    room bigint := batch;
+    full_channel sse_relay.pruned;
 BEGIN
     -- One at a time, of all relays.
     IF NOT pg_try_advisory_xact_lock(8319104479) THEN
         RETURN false;
     END IF;
     SELECT * INTO state FROM sse_relay.state;
-    IF keep < state.keep THEN
-        state.counted_through := 0;
-    END IF;
-    -- By age. The times are in the order of the ids.
-    WITH oldest AS (
+
+    -- By age: up to the newest of the oldest ones that is too old.
+    SELECT max(o.id) INTO last FROM (
         SELECT e.id, e.at FROM sse_relay.event e WHERE e.id > state.pruned_through ORDER BY e.id LIMIT batch
-    ), deleted AS (
-        DELETE FROM sse_relay.event e USING oldest o
-        WHERE e.id = o.id AND o.at < clock_timestamp() - make_interval(secs => seconds) RETURNING e.id
-    )
-    SELECT count(*), max(d.id) INTO gone, last FROM deleted d;
-    IF gone > 0 THEN
+    ) o WHERE o.at < clock_timestamp() - make_interval(secs => seconds);
+    IF last IS NOT NULL THEN
+        WITH deleted AS (
+            DELETE FROM sse_relay.event e WHERE e.id > state.pruned_through AND e.id <= last RETURNING e.id, e.channel
+        )
+        UPDATE sse_relay.pruned p SET kept = p.kept - d.number
+        FROM (SELECT channel, count(*) AS number FROM deleted WHERE id <= state.counted_through GROUP BY channel) d
+        WHERE p.channel = d.channel;
+        DELETE FROM sse_relay.pruned p WHERE p.kept <= 0 AND p.through <= last;
+        DELETE FROM sse_relay.span s USING sse_relay.span later WHERE later.n > s.n AND later.first_id <= last;
         UPDATE sse_relay.state SET pruned_through = last;
-        DELETE FROM sse_relay.pruned p WHERE p.through <= last;
-        DELETE FROM sse_relay.span s USING sse_relay.span later
-            WHERE later.n > s.n AND later.first_id <= last;
         RETURN true;
     END IF;
-    -- By count: only channels that got events since the last time can have too many.
-    SELECT array_agg(DISTINCT r.channel), max(r.id), count(*) INTO names, last, examined
-        FROM (SELECT e.channel, e.id FROM sse_relay.event e WHERE e.id > state.counted_through ORDER BY e.id LIMIT batch) r;
-    FOREACH name IN ARRAY coalesce(names, '{}') LOOP
+
+    -- By count: each event is counted once, and what is too much then goes at the old end of its channel.
+    SELECT max(r.id), count(*) INTO last, examined FROM (
+        SELECT e.id FROM sse_relay.event e WHERE e.id > state.counted_through ORDER BY e.id LIMIT batch
+    ) r;
+    IF examined > 0 THEN
+        INSERT INTO sse_relay.pruned AS p (channel, kept)
+            SELECT e.channel, count(*) FROM sse_relay.event e WHERE e.id > state.counted_through AND e.id <= last GROUP BY e.channel
+        ON CONFLICT (channel) DO UPDATE SET kept = p.kept + excluded.kept;
+        UPDATE sse_relay.state SET counted_through = last;
+    END IF;
+    FOR full_channel IN SELECT * FROM sse_relay.pruned p WHERE p.kept > keep ORDER BY p.kept DESC LIMIT batch LOOP
         WITH surplus AS (
-            SELECT e.id FROM sse_relay.event e WHERE e.channel = name AND e.id <= (
-                SELECT e.id FROM sse_relay.event e WHERE e.channel = name ORDER BY e.id DESC OFFSET keep LIMIT 1
-            ) ORDER BY e.id LIMIT room
+            SELECT e.id FROM sse_relay.event e
+            WHERE e.channel = full_channel.channel AND e.id > greatest(full_channel.through, state.pruned_through)
+            ORDER BY e.id LIMIT least(full_channel.kept - keep, room)
         ), deleted AS (
             DELETE FROM sse_relay.event e USING surplus s WHERE e.id = s.id RETURNING e.id
-        ), noted AS (
-            INSERT INTO sse_relay.pruned AS p SELECT name, max(d.id) FROM deleted d HAVING count(*) > 0
-            ON CONFLICT (channel) DO UPDATE SET through = greatest(p.through, excluded.through)
         )
-        SELECT count(*) INTO gone FROM deleted;
+        SELECT count(*), max(d.id) INTO gone, last FROM deleted d;
+        -- Nothing found means that somebody has deleted events by hand.
+        UPDATE sse_relay.pruned p SET
+            kept = CASE WHEN gone > 0 THEN full_channel.kept - gone ELSE keep END,
+            through = greatest(p.through, last)
+        WHERE p.channel = full_channel.channel;
         room := room - gone;
         IF room <= 0 THEN
-            -- The rest of these channels is for the next call.
-            UPDATE sse_relay.state s SET counted_through = state.counted_through, keep = prune.keep
-                WHERE s.keep <> prune.keep;
             RETURN true;
         END IF;
     END LOOP;
-    UPDATE sse_relay.state s SET counted_through = coalesce(last, state.counted_through), keep = prune.keep
-        WHERE last IS NOT NULL OR s.keep <> prune.keep;
     RETURN examined = batch;
 END $$;
 
