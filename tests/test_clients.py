@@ -162,6 +162,25 @@ def test_chromium(broker, channel, tmp_path, site, browse):
         until(lambda: site.reports[-1][1] == "again", "the next event")
 
 
+def test_chromium_misses_nothing(kept, channel, tmp_path, site, browse):
+    """With a history: what is published while the page has no connection, behind an id of ours and one of its own."""
+    origin = f"http://127.0.0.1:{site.server_port}"
+    with Relay(tmp_path, "--workers", "2", "--allowed-origins", origin, **kept.environment) as relay:
+        browse(f"{origin}/#{relay.url}/channel={channel}")
+        until(lambda: site.reports, "the page is connected", seconds=40)
+        for number, fields in enumerate(({}, {"id": "own"})):
+            kept.publish(channel, f"before {number}", **fields)
+            until(lambda number=number: site.reports[-1][1] == f"before {number}", "the event")
+            for worker in relay.workers():
+                os.kill(worker, signal.SIGKILL)
+            until(lambda: site.reports[-1] == "reconnecting", "the connection is lost")
+            kept.publish(channel, f"meanwhile {number}", "and again")
+            until(lambda: site.reports[-1][1] == "and again", "what it missed")
+            assert site.reports[-3] == "open"
+            assert site.reports[-2][1] == f"meanwhile {number}"
+        assert not any("stream-reset" in report for report in site.reports)
+
+
 def test_chromium_page_of_another_origin_is_refused_for_good(redis_server, channel, tmp_path, site, browse):
     """It sees no event, and does not come back."""
     with Relay(

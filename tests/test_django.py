@@ -27,6 +27,8 @@ def project(tmp_path, postgres_server):
         "files": {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "db.sqlite3")},
     }
 
+    databases["kept"] = {**databases["default"], "NAME": "kept"}
+
     def run(code, driver="psycopg2", database="default", **env):
         chosen = {**databases, "default": databases[database]} if database else {}
         # Django prefers psycopg; where it is not importable, psycopg2 is used.
@@ -34,7 +36,8 @@ def project(tmp_path, postgres_server):
         program = f"import sys\n{hide}\nimport django\nfrom django.conf import settings\n"
         program += f"settings.configure(DATABASES={chosen!r})\ndjango.setup()\n"
         program += (
-            "from django.db import connection, transaction\nfrom tornado_relay import notify\nimport tornado_relay\n"
+            "from django.db import connection, transaction\n"
+            "from tornado_relay import current_event_id, notify\nimport tornado_relay\n"
         )
         program += textwrap.dedent(code)
         done = subprocess.run(
@@ -83,6 +86,65 @@ def test_event_lives_and_dies_with_djangos_transaction_on_postgres(
         ("paid", '{"it\'s":"é"}'),
         ("message", "autocommit"),
     ]
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_history_is_used_by_itself(project, kept_postgres, tmp_path, pages, channel, driver):
+    """Where init-db was run, with either driver: what commits is kept, what is rolled back is not, and 100 kB are no matter."""
+    project(ROLL_BACK_THEN_COMMIT.format(channel=channel), driver=driver, database="kept")
+    project(f"notify('{channel}', {{'data': 'x' * 100_000}})", driver=driver, database="kept")
+    with Relay(tmp_path, "--workers", "1", **kept_postgres.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}?last_event_id=earliest"])
+        pages.until(lambda: len(page.events) >= 3, "what is kept")
+        assert page.data == ['{"it\'s":"é"}', "autocommit", "x" * 100_000]
+        assert page.events[0].id == "5"
+
+
+@pytest.mark.parametrize("broker_kind", ["postgres", "redis"])
+def test_page_that_is_rendered_first_misses_nothing(
+    project, kept_postgres, kept_redis, tmp_path, pages, channel, broker_kind
+):
+    """current_event_id() in a view, and what is published before the page connects with it."""
+    kept = kept_postgres if broker_kind == "postgres" else kept_redis
+    env = {} if broker_kind == "postgres" else {"REDIS_URL": kept.url}
+    kept.publish(channel, "before")
+    out = project("print(current_event_id())", database="kept", **env)
+    kept.publish(channel, "between")
+    with Relay(tmp_path, "--workers", "1", **kept.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}?last_event_id={out.strip()}"])
+        kept.publish(channel, "after")
+        pages.until(lambda: len(page.events) >= 2, "the events")
+        assert page.data == ["between", "after"]
+
+
+def test_current_event_id_is_the_snapshots(project, kept_postgres, tmp_path, pages, channel):
+    """In REPEATABLE READ it belongs to the data that the transaction reads, whatever commits meanwhile."""
+    kept_postgres.publish(channel, "before")
+    out = project(
+        f"""
+        with transaction.atomic():
+            with connection.cursor() as cursor:
+                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            first = current_event_id()
+            import threading
+            other = threading.Thread(target=lambda: (notify("{channel}", {{"data": "meanwhile"}}), connection.close()))
+            other.start()
+            other.join()
+            assert current_event_id() == first
+        assert current_event_id() != first
+        print(first)
+        """,
+        database="kept",
+    )
+    with Relay(tmp_path, "--workers", "1", **kept_postgres.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}?last_event_id={out.strip()}"])
+        pages.until(lambda: page.events, "the event")
+        assert page.data == ["meanwhile"]
+
+
+def test_without_a_history_there_is_no_current_event_id(project):
+    """It is empty, which a page may connect with all the same."""
+    assert project("print(repr(current_event_id()))").strip() == "''"
 
 
 @pytest.mark.parametrize("database", ["default", "files"])

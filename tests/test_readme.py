@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from programs import program
 from relay import COMMAND, ROOT, Relay, environment, run
-from servers import until
+from servers import execute, until
 
 from tornado_relay.cli import main
 from tornado_relay.events import KEYS
@@ -98,20 +98,54 @@ def test_serve_command_of_the_installation(postgres_server, tmp_path, pages):
         assert page.status == 200
 
 
-def test_commands(redis_server, relay_on_redis, tmp_path, pages):
+def test_commands(redis_server, kept_postgres, relay_on_redis, tmp_path, pages):
     """Each line of the section Commands."""
     relay = relay_on_redis
     lines = [line.partition(" #")[0].strip() for line in block("sh", "sse-relay-server listen").splitlines()]
     assert lines[0] == "sse-relay-server"
-    assert lines[2:] == ["sse-relay-server listen orders", "sse-relay-server check", "sse-relay-server --help"]
+    assert lines[2:] == [f"sse-relay-server {what}" for what in ("listen orders", "check", "init-db", "--help")]
     (page,) = pages.open(relay.port, ["/channel=orders"])
     folder = str(Path(COMMAND).parent)
-    env = environment(**redis_server.environment, PATH=f"{folder}:{os.environ['PATH']}")
+    env = environment(**redis_server.environment, DATABASE_URL=kept_postgres.url, PATH=f"{folder}:{os.environ['PATH']}")
     subprocess.run(lines[1], shell=True, check=True, env=env, cwd=tmp_path)
     pages.until(lambda: page.events, "the event")
     assert (page.events[0].event, page.data) == ("NEW_ORDER", ["hello"])
     for line in lines[3:]:
         subprocess.run(line, shell=True, check=True, env=env, cwd=tmp_path, capture_output=True)
+
+
+def test_history_is_set_up_as_shown(postgres_server, tmp_path, pages):
+    """The three lines, and a page that connects with the id that it was rendered at."""
+    postgres_server.execute("CREATE DATABASE readme")
+    url = postgres_server.url.removesuffix("relay") + "readme"
+    export, init, start = [line.partition(" #")[0].strip() for line in block("sh", "RELAY_HISTORY=").splitlines()]
+    assert export.startswith("export DATABASE_URL=postgresql://")
+    variable, command = start.split()
+    env = environment(DATABASE_URL=url, PATH=f"{Path(COMMAND).parent}:{os.environ['PATH']}")
+    subprocess.run(init, shell=True, check=True, env=env, cwd=tmp_path, capture_output=True)
+    (tmp_path / "pages.py").write_text(block("python", "pages.py"))
+    code = "from django.conf import settings; settings.configure(); import pages; print(pages.orders(None).content.decode())"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    (path,) = re.findall(r"EventSource\('http://localhost:8001(/channel=orders.*)'\)", shown.stdout)
+    name, value = variable.split("=")
+    with Relay(
+        tmp_path, "--workers", "1", command=(command,), PATH=env["PATH"], DATABASE_URL=url, **{name: value}
+    ) as relay:
+        (call,) = re.findall(r"`(SELECT relay_notify.*?)`", README)
+        execute(url, call)
+        (page,) = pages.open(relay.port, [path])
+        pages.until(lambda: page.events, "what was published before the page connected")
+        assert (page.events[0].event, page.data) == ("NEW_ORDER", ["hello"])
+
+
+def test_every_reason_of_a_stream_reset_is_explained():
+    """And no other is."""
+    sources = "".join(path.read_text() for path in (ROOT / "tornado_relay").glob("*.py"))
+    sent = re.findall(r'(?:stream_reset|reset|restart|_tell_unkept)\((?:stream, )?"([a-z-]+)"', sources)
+    table = README[README.index("| reason |") :].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `([a-z-]+)`", table, re.MULTILINE)) == set(sent)
 
 
 @pytest.fixture
@@ -122,7 +156,7 @@ def relay_on_redis(redis_server, tmp_path):
 
 def test_django_example_and_its_page(postgres_server, channel, tmp_path, pages):
     """The view, called by Django's test client in a real project on PostgreSQL, reaches the page's listener."""
-    view = block("python", "views.py")
+    view = block("python", "# views.py")
     (tmp_path / "views.py").write_text(view)
     settings = f"""
     import django
