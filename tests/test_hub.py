@@ -105,3 +105,97 @@ def test_reset_names_each_streams_own_channels(hub):
     hub.reset("broker-reconnect")
     assert b'"channels":["a"]' in a.sent[0]
     assert b'"channels":["b","c"]' in b.sent[0]
+
+
+def kept(seq, channel="a"):
+    return Message(channel, str(seq), f"aaaaaaaa-{seq}", seq)
+
+
+@pytest.fixture
+def history():
+    return Hub(history=True)
+
+
+def test_history_gives_events_their_ids(history):
+    """What none keeps has none; without a history there are none at all."""
+    sink = joined(history, "a")
+    history.deliver([kept(1), Message("a", "x")])
+    assert sink.sent == [b"id: aaaaaaaa-1\ndata: 1\n\ndata: x\n\n"]
+    plain = Hub()
+    sink = joined(plain, "a")
+    plain.deliver([kept(1)])
+    assert sink.sent == [b"data: 1\n\n"]
+
+
+def test_held_stream_gets_heartbeats_only(history):
+    """Until it joins; then all that is behind its position, once."""
+    sink = joined(history, "a")
+    history.hold(sink)
+    history.deliver([kept(1)])
+    history.heartbeat()
+    sink.position = 3  # brought there from the history, while the broker's messages are at 1
+    history.join(sink)
+    history.deliver([kept(2), kept(3), kept(4)])
+    history.deliver([kept(5)])
+    frames = [b"id: aaaaaaaa-%d\ndata: %d\n\n" % (seq, seq) for seq in (4, 5)]
+    assert sink.sent == [b":\n\n", *frames]
+    assert not history._ahead  # noqa: SLF001
+
+
+def test_heartbeat_moves_no_stream_back(history):
+    """One that began, or was brought, behind the last message keeps its own place."""
+    early, late = joined(history, "a"), joined(history, "b")
+    late.position = 7
+    history.deliver([kept(5)])
+    history.heartbeat()
+    assert early.sent[-1] == b":\nid: aaaaaaaa-5\n\n"
+    assert late.sent == [b":\n\n"]
+
+
+def test_losing_the_broker_holds_each_stream_where_it_is(history):
+    """At the last message, or where the stream began if that is later."""
+    early, late, held = (joined(history, "a", "b") for _ in range(3))
+    late.position = 7
+    history.hold(held)
+    history.deliver([kept(5)])
+    assert history.hold_all() == [early, late]
+    assert [early.position, late.position, held.position] == [5, 7, 0]
+
+
+def test_recording_holds_what_came_live(history):
+    """Of the channels asked for, with streams or without, in order, and nothing that no history keeps."""
+    recorded = history.record(["a", "b"])
+    history.deliver([kept(1), kept(2, "b"), kept(3, "c"), Message("a", "x"), kept(4)])
+    assert {channel: [seq for seq, _ in frames] for channel, frames in recorded.items()} == {"a": [1, 4], "b": [2]}
+    history.record(())
+    history.deliver([kept(5)])
+    assert len(recorded["a"]) == 2
+
+
+def test_numbers_that_are_drawn_again_are_a_new_history(history):
+    """Every stream is told, once, and none holds events for ones that it had."""
+    sink, ahead = joined(history, "a"), joined(history, "a")
+    history.deliver([kept(5)])
+    history.hold(ahead)
+    ahead.position = 9
+    history.join(ahead)
+    history.deliver([kept(3), kept(4)])
+    for each in (sink, ahead):
+        assert b"".join(each.sent).count(b"history-lost") == 1
+        assert b"".join(each.sent).endswith(b"data: 3\n\nid: aaaaaaaa-4\ndata: 4\n\n")
+
+
+def test_payload_that_could_not_be_read_is_said(history):
+    """In its place among the others."""
+    sink = joined(history, "a", "b")
+    history.deliver([kept(1), kept(2)._replace(payload=None), kept(3)])
+    assert [b"stream-reset" in part for part in sink.sent[0].split(b"\n\n")] == [False, True, False, False]
+
+
+def test_channels_without_a_history_are_remembered_and_bounded(history, monkeypatch):
+    """The newest of them."""
+    monkeypatch.setattr("tornado_relay.hub.MAX_UNKEPT", 2)
+    for channel in "abcb":
+        joined(history, channel)
+        history.deliver([Message(channel, "x")])
+    assert list(history.unkept) == ["b", "c"]

@@ -1,12 +1,15 @@
 """Streams that come back: what they are given, and what they are told."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from outages import end_listeners
-from relay import Relay, run
+from relay import COMMAND, Relay, run
 from servers import PostgresServer, RedisServer, until
 
 from tornado_relay.errors import PayloadTooLarge
@@ -314,6 +317,21 @@ def test_history_that_is_not_set_up_is_said_and_awaited(postgres_server, tmp_pat
         got(pages, come_back(pages, relay, channel, page.events[1].id), "next")
 
 
+def test_listen_misses_nothing(kept, tmp_path, channel):
+    """The command comes back to where it began, even if it had no event yet."""
+    with Relay(tmp_path, "--workers", "1", **kept.environment) as relay:
+        command = [COMMAND, "listen", f"{relay.url}/channel={channel}"]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as listening:
+            try:
+                for number in range(2):
+                    until(lambda number=number: relay.log.count("stream opened") == number + 1, "it listens")
+                    os.kill(relay.workers()[0], signal.SIGKILL)
+                    kept.publish(channel, str(number))
+                    assert json.loads(listening.stdout.readline())["data"] == str(number)
+            finally:
+                listening.terminate()
+
+
 @pytest.mark.parametrize("relay_lives", [True, False])
 def test_broker_that_lost_its_data_is_a_new_epoch(home, tmp_path, pages, channel, relay_lives):
     """Redis without persistence: an id of before is told so, and gets none of the events of after."""
@@ -377,8 +395,6 @@ def test_database_that_was_set_back_is_a_new_epoch(home, tmp_path, pages, channe
 
 
 def _copy(source: Path, target: Path):
-    import subprocess
-
     subprocess.run(["cp", "-a", source, target], check=True)
 
 

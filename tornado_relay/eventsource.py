@@ -151,9 +151,9 @@ def listen(url: str, on_trouble: Callable[[str], None], *, unix_socket: str = ""
     while True:
         try:
             connection = Connection(url, unix_socket=unix_socket, last_event_id=last_event_id)
-            for received in connection:
-                last_event_id = received.id
-                yield received
+            yield from connection
+            # Also what moved it without an event: the place at which the stream began, and heartbeats.
+            last_event_id = connection.parser.last_event_id or last_event_id
             retry = connection.parser.retry or retry
             on_trouble("the stream ended")
         except BrokerUnavailable as exc:
