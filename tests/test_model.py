@@ -114,7 +114,7 @@ class Machine(RuleBasedStateMachine):
         stream = self.streams[which]
         if stream.page:
             self.settle([stream])
-            stream.last_event_id = stream.page.parser.last_event_id
+            stream.last_event_id = stream.page.parser.last_event_id or stream.last_event_id
             self.pages.close(stream.page)
             stream.page = None
 
@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
         for stream in self.streams:
             if stream.page:
                 self.pages.until(lambda stream=stream: stream.page.closed, "the old workers' streams end")
-                stream.last_event_id = stream.page.parser.last_event_id
+                stream.last_event_id = stream.page.parser.last_event_id or stream.last_event_id
                 stream.page = None
 
     def settle(self, streams=None):
@@ -156,10 +156,10 @@ class Machine(RuleBasedStateMachine):
                 due, _ = self.reference.behind(stream.place, stream.channels)
                 stream.due += due
                 stream.place = len(self.reference.log)
-                self.pages.until(
-                    lambda stream=stream: len(stream.page.events) >= len(stream.due),
-                    lambda stream=stream: f"{stream.channels}: {stream.page.events} are {stream.due}",
-                )
+                try:
+                    self.pages.until(lambda stream=stream: len(stream.page.events) >= len(stream.due), "what is due")
+                except AssertionError as exc:
+                    raise AssertionError(f"{vars(stream)}, {vars(stream.page)}: {self.relay.log[-5000:]}") from exc
                 assert [event.data for event in stream.page.events] == [str(number) for number in stream.due]
 
     def teardown(self):
