@@ -130,6 +130,7 @@ def test_listen_takes_a_url_and_comes_back_after_a_restart(redis_server, channel
     assert "no relay at" in lines[2]
     with Relay(tmp_path, "--workers", "1", port=port, **redis_server.environment) as relay:
         opened(relay, channel)
+        assert json.loads(next_data(listening))["reason"] == "unknown-id"
         redis_server.publish(channel, "hello")
         assert next_data(listening) == "hello"
 
