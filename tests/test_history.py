@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import psycopg2
 import pytest
@@ -251,8 +251,9 @@ def test_stream_that_leaves_one_relay_goes_on_at_the_other(server, tmp_path, cha
         numbers.start()
         while numbers.is_alive():
             fleet.step()
-            for stream in random.sample(fleet.streams, 2):
-                if stream.page.status and not stream.page.closed:
+            (stream,) = random.sample(fleet.streams, 1)
+            if stream.page.status and not stream.page.closed:
+                with suppress(OSError):  # its end may have come already, unread
                     stream.page.socket.shutdown(socket.SHUT_RDWR)
             numbers.enough.set()
         truth = {name: kept_events(server, name) for name in CHANNELS}
