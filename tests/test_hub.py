@@ -199,3 +199,12 @@ def test_channels_without_a_history_are_remembered_and_bounded(history, monkeypa
         joined(history, channel)
         history.deliver([Message(channel, "x")])
     assert list(history.unkept) == ["b", "c"]
+
+
+def test_held_stream_is_told_of_what_no_history_keeps(history):
+    """It will not be given it later."""
+    sink = joined(history, "a")
+    history.hold(sink)
+    history.deliver([kept(1), Message("a", "by hand"), Message("b", "by hand")])
+    assert len(sink.sent) == 1
+    assert b'"reason":"not-kept","channels":["a"]' in sink.sent[0]

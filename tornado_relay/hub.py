@@ -42,6 +42,8 @@ class Hub:
         # The last message that was delivered of those that a history keeps, by number and by id.
         self.seq = 0
         self.id = ""
+        # How often numbers have begun anew.
+        self.epoch = 0
         # Channels with events that no history keeps, the newest last.
         self.unkept: dict[str, None] = {}
 
@@ -53,7 +55,9 @@ class Hub:
         # already must not come again.
         self._ahead: dict[str, dict[Sink, None]] = {}
         # All streams, and which of the three maps each is in; None for those that are held.
-        self._sinks: dict[Sink, dict[str, dict[Sink, None]] | None] = {}
+        self._sinks: dict[Sink, dict[str, dict[Sink, None]]] = {}
+        # Streams that get nothing of the history for the time being.
+        self._held: dict[str, dict[Sink, None]] = {}
         # What has been delivered since `record`, of the channels that it was given.
         self._recording: dict[str, list[tuple[int, bytes]]] = {}
 
@@ -79,11 +83,11 @@ class Hub:
 
     def hold(self, sink: Sink) -> None:
         """Deliver nothing to ``sink`` for the time being."""
-        self._place(sink, None)
+        self._place(sink, self._held)
 
     def hold_all(self) -> list[Sink]:
         """Hold every stream, each with the position that it has now, and return those that were not held."""
-        held = [sink for sink, place in self._sinks.items() if place is not None]
+        held = [sink for sink, place in self._sinks.items() if place is not self._held]
         for sink in held:
             sink.position = max(sink.position, self.seq)
             self.hold(sink)
@@ -93,7 +97,7 @@ class Hub:
         """Stop delivering to ``sink``; return whether it was still there."""
         if sink not in self._sinks:
             return False
-        self._place(sink, None)
+        self._unplace(sink)
         del self._sinks[sink]
         return True
 
@@ -108,8 +112,8 @@ class Hub:
         own: dict[Sink, list[bytes]] = {}
         for message in messages:
             channel, seq = message.channel, message.seq
-            if seq and self.history:
-                self._advance(message)
+            if self.history:
+                self._note(message, own)
             solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
             recording = self._recording.get(channel) if seq else None
             if solo is None and mixed is None and ahead is None and recording is None:
@@ -138,7 +142,7 @@ class Hub:
         """Send every stream a comment, and the newest id to those that have all up to it, so that they come back there."""
         here = b":\n" + events.position(self.id) if self.history and self.id else b":\n\n"
         for sink, place in list(self._sinks.items()):
-            sink.send(here if place is not None and sink.position <= self.seq else b":\n\n")
+            sink.send(here if place is not self._held and sink.position <= self.seq else b":\n\n")
 
     def reset(self, reason: str) -> None:
         """Tell every stream that it may have missed events, and on which of its channels."""
@@ -149,36 +153,43 @@ class Hub:
         """Tell every stream so, and put all at ``position``: what they had before is of another history."""
         self.reset(reason)
         self.seq, self.id = 0, ""
+        self.epoch += 1
         for sink, place in list(self._sinks.items()):
             sink.position = position
             if place is self._ahead:
                 self.add(sink)
 
-    def _advance(self, message: Message) -> None:
-        if message.seq <= self.seq:
-            self.restart("history-lost", message.seq - 1)
-        self.seq, self.id = message.seq, message.id
+    def _note(self, message: Message, own: dict[Sink, list[bytes]]) -> None:
+        """Remember how far the history has come; what it does not keep, held streams are told, who will not get it."""
+        if message.seq:
+            if message.seq <= self.seq:
+                self.restart("history-lost", message.seq - 1)
+            self.seq, self.id = message.seq, message.id
+        else:
+            self._note_unkept(message.channel)
+            for sink in self._held.get(message.channel, ()):
+                own.setdefault(sink, []).append(events.stream_reset("not-kept", (message.channel,)))
 
     def _frame(self, message: Message) -> bytes:
         if message.payload is None:
             return events.stream_reset("unreadable-payload", (message.channel,))
         if not self.history:
             return events.frame(message.payload)
-        if not message.seq:
-            self._note_unkept(message.channel)
         return events.frame(message.payload, message.id)
 
-    def _place(self, sink: Sink, place: dict[str, dict[Sink, None]] | None) -> None:
+    def _unplace(self, sink: Sink) -> None:
         before = self._sinks.get(sink)
         if before is not None:
             for channel in sink.audible:
                 del before[channel][sink]
                 if not before[channel]:
                     del before[channel]
+
+    def _place(self, sink: Sink, place: dict[str, dict[Sink, None]]) -> None:
+        self._unplace(sink)
         self._sinks[sink] = place
-        if place is not None:
-            for channel in sink.audible:
-                place.setdefault(channel, {})[sink] = None
+        for channel in sink.audible:
+            place.setdefault(channel, {})[sink] = None
 
     def _settle(self) -> None:
         for sink in dict.fromkeys(sink for sinks in self._ahead.values() for sink in sinks):

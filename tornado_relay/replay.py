@@ -17,7 +17,7 @@ import logging
 from typing import NamedTuple, Protocol, cast
 
 from . import events
-from .errors import BrokerError, BrokerUnavailable
+from .errors import BrokerError, BrokerRefused, BrokerUnavailable
 from .history.spans import EARLIEST, Cursor, Spans, parse
 from .hub import Hub, Sink
 
@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 # Pages of one read, and events of all of them together, about.
 PAGES = 200
 EVENTS = 1000
+# After a read that the broker refused, this many reads are for one stream each.
+ALONE = 200
+# Bytes that a stream gets at a time, but for the last event.
+PART_BYTES = 131_072
 # Streams that are served in one go; then others of the loop get a turn.
 STREAMS = 200
 # Seconds between two looks for what is to be deleted, and pauses while there is more.
@@ -80,6 +84,9 @@ class History(Protocol):
 class Stream(Sink, Protocol):
     """A sink that can be waited for."""
 
+    told: dict[str, int]
+    """Up to where it has been told that events of a channel are pruned."""
+
     def drained(self) -> asyncio.Future[None] | None:
         """Return what resolves when nothing waits to be written, or None if nothing does."""
 
@@ -90,7 +97,7 @@ class _Part(NamedTuple):
     data: bytes
     position: int
     complete: bool
-    gaps: frozenset[str]
+    gaps: dict[str, int]
 
 
 _Frames = list[tuple[int, bytes]]
@@ -111,6 +118,10 @@ class Replay:
         # Where it ended when it was last read.
         self._head: Cursor | None = None
         self._connected = False
+        # Which connection it is: what was read over another one joins to nothing.
+        self._session = 0
+        # So many streams are yet to be served one by one, since one of them makes the broker refuse.
+        self._alone = 0
         # The streams to read for. Those that have yet to take what they were given are not among them.
         self._behind: dict[Stream, None] = {}
         # Who waits for the next read.
@@ -180,6 +191,7 @@ class Replay:
     def lost(self) -> None:
         """Hold all streams: until the connection is back, and they have what they missed, nothing is live."""
         self._connected = False
+        self._session += 1
         self._answer(BrokerUnavailable("the connection was lost"))
         if self.active:
             self._head = self.newest
@@ -206,8 +218,12 @@ class Replay:
                 try:
                     await (self._open() if self._spans is None else self._turn())
                 except BrokerError as exc:
+                    # What one stream asks for must not keep the others from theirs.
+                    self._alone = ALONE if isinstance(exc, BrokerRefused) and self._spans is not None else self._alone
                     log.warning("the history cannot be read, next try in %.1f s: %s", RETRY_SECONDS, exc)
                     self._answer(exc)
+                    self._spans = None  # whether it is still there is seen by `_open`
+                    self._hub.record(())
                     await asyncio.sleep(RETRY_SECONDS)
 
     async def prune(self) -> None:
@@ -224,7 +240,10 @@ class Replay:
                 self._work.set()
 
     async def _open(self) -> None:
+        begun = self._state()
         opened = await self._history.open()
+        if begun != self._state():
+            return
         self._opened_at = _now()
         if opened is None:
             self._do_without()
@@ -246,7 +265,9 @@ class Replay:
             self._hub.restart("history-lost", 0)
         self.active, self._spans, self._head = False, Spans(), None
         for stream in self._behind:
-            self._hub.add(stream)
+            if stream in self._hub:
+                self._hub.add(stream)
+        self._hub.record(())
         self._behind.clear()
         self._answer()
 
@@ -255,15 +276,20 @@ class Replay:
         asking, self._asking = self._asking, []
         streams, places = self._choose()
         recorded = self._hub.record(channel for channel, _ in places)
-        head = None
+        head, begun = None, self._state()
         try:
             pages, head = await self._history.read(places, max(5, EVENTS // (len(places) or 1)))
+        except BrokerRefused:
+            if self._alone and len(streams) == 1:
+                self._give_up(streams.pop())
+            raise
         finally:
-            if head is None or not self._connected:
+            if head is None or begun != self._state():
                 self._asking += asking
                 self._behind.update(dict.fromkeys(streams))
-        if head is None or not self._connected:
+        if head is None or begun != self._state():
             self._spans = None
+            self._hub.record(())
             return
         self._head = head
         _resolve(asking)
@@ -280,10 +306,13 @@ class Replay:
             if number % STREAMS == 0:
                 await asyncio.sleep(0)
                 parts.clear()  # more may have been recorded
-                if not self._connected:
+                if begun != self._state():
                     self._behind.update((each, None) for each in streams[number:] if each in self._hub)
                     break
         self._hub.record(())
+
+    def _state(self) -> tuple[bool, int, int]:
+        return self._connected, self._session, self._hub.epoch
 
     def _choose(self) -> tuple[list[Stream], list[tuple[str, int]]]:
         """Take as many streams as one read can serve, and return them with the places to read at."""
@@ -297,11 +326,15 @@ class Replay:
             if stream in self._hub:
                 places.update(dict.fromkeys(wanted))
                 streams.append(stream)
+                if self._alone:
+                    self._alone -= 1
+                    break
         return streams, list(places)
 
     def _give(self, stream: Stream, part: _Part) -> None:
-        if part.gaps:
-            stream.send(events.stream_reset("pruned-id", tuple(name for name in stream.audible if name in part.gaps)))
+        if gaps := tuple(name for name, through in part.gaps.items() if through > stream.told.get(name, 0)):
+            stream.told |= part.gaps
+            stream.send(events.stream_reset("pruned-id", gaps))
         if part.data:
             stream.send(part.data)
         stream.position = part.position
@@ -311,6 +344,12 @@ class Replay:
             waiting.add_done_callback(lambda _: self._wait_for_turn(stream))
         else:
             self._wait_for_turn(stream)
+
+    def _give_up(self, stream: Stream) -> None:
+        # Position and hub stay consistent: the reset covers all up to now, and from now on it is live.
+        stream.position = self._head.seq if self._head else 0
+        stream.send(events.stream_reset("unreadable-history", stream.audible))
+        self._hub.join(stream)
 
     def _wait_for_turn(self, stream: Stream) -> None:
         if stream in self._hub:
@@ -355,16 +394,27 @@ def _part(
 ) -> _Part:
     """Return what a stream at ``position`` gets of pages that were read when the history ended at ``head``."""
     found = {channel: framed[channel, position] for channel in audible}
-    gaps = frozenset(channel for channel, (_, page) in found.items() if position and page.through > position)
+    gaps = {channel: page.through for channel, (_, page) in found.items() if position and page.through > position}
     # Across channels a stream gets events in their order, so no further than the first page that was cut short.
     end = min((page.rows[-1].seq for _, page in found.values() if not page.complete), default=None)
     frames = heapq.merge(*(frames for frames, _ in found.values()))
+    # A stream gets no more at a time than a page, on however many channels it is.
+    taken: _Frames = []
+    size = 0
+    for seq, frame in frames:
+        if end is not None and seq > end:
+            break
+        if size >= PART_BYTES:
+            end = taken[-1][0]
+            break
+        taken.append((seq, frame))
+        size += len(frame)
     if end is not None:
-        return _Part(b"".join(frame for seq, frame in frames if seq <= end), end, False, gaps)
+        return _Part(b"".join(frame for _, frame in taken), end, False, gaps)
     # What was recorded and is no later than the head is in the pages.
     end = max(position, head)
     tail = list(heapq.merge(*([pair for pair in recorded[channel] if pair[0] > end] for channel in audible)))
-    data = b"".join(frame for _, frame in [*frames, *tail])
+    data = b"".join(frame for _, frame in [*taken, *tail])
     return _Part(data, tail[-1][0] if tail else end, True, gaps)
 
 

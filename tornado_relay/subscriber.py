@@ -21,7 +21,18 @@ MAX_UNREAD = 4096
 class Subscriber:
     """A `hub.Sink` on an `IOStream` that has been detached from its HTTP connection."""
 
-    __slots__ = ("address", "audible", "channels", "ends_at", "on_close", "opened_at", "position", "reason", "stream")
+    __slots__ = (
+        "address",
+        "audible",
+        "channels",
+        "ends_at",
+        "on_close",
+        "opened_at",
+        "position",
+        "reason",
+        "stream",
+        "told",
+    )
 
     def __init__(
         self,
@@ -40,6 +51,8 @@ class Subscriber:
         self.on_close = on_close
         # See `hub.Sink`.
         self.position = 0
+        # Up to where it has been told of what is pruned, by channel.
+        self.told: dict[str, int] = {}
         # None until `open`: what is delivered before the head is out was published before the page
         # could know that it is subscribed, and is not sent.
         self.stream: IOStream | None = None
