@@ -448,3 +448,26 @@ def test_places_of_a_lost_time_are_untrue_on_a_database_made_from_a_template(pos
     postgres_server.execute(f'CREATE DATABASE "{channel}-copy" TEMPLATE "{channel}"')
     lost, new = go_on(history, first), go_on(f"{history}-copy", first)
     assert admitted(f"{history}-copy", *before, *lost, *new) == [*before, *new]
+
+
+def test_lock_is_not_held_while_a_deferred_check_waits(history):
+    """A foreign key that waits for a row stops no other writer, and the row's owner may publish and commit."""
+    sql(history, "CREATE TABLE parent (id int PRIMARY KEY); INSERT INTO parent VALUES (1)")
+    sql(history, "CREATE TABLE child (parent int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+    with (
+        ThreadPoolExecutor(1) as pool,
+        closing(psycopg2.connect(history)) as a,
+        closing(psycopg2.connect(history)) as b,
+    ):
+        b.cursor().execute("SELECT FROM parent FOR UPDATE")
+        a.cursor().execute(PUBLISH, ("c", "1"))
+        a.cursor().execute("INSERT INTO child VALUES (1)")
+        commit = pool.submit(a.commit)
+        until(
+            lambda: sql(history, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"), "a waits for b's row"
+        )
+        publish(history, ("c", "2"))
+        b.cursor().execute(PUBLISH, ("c", "3"))
+        b.commit()
+        commit.result(20)
+    assert [payload for *_, payload in sql(history, EVENTS)] == ["2", "3", "1"]

@@ -32,7 +32,8 @@ CREATE UNLOGGED TABLE sse_relay.outbox (
     n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     channel text NOT NULL,
     payload text NOT NULL,
-    own_id text
+    own_id text,
+    due boolean NOT NULL DEFAULT false
 );
 
 -- A run of ids that one server drew on one copy of the data. An id is known by its run's token as well: after a
@@ -138,10 +139,22 @@ BEGIN
     RETURN NULL;
 END $$;
 
-CREATE CONSTRAINT TRIGGER commit_event AFTER INSERT ON sse_relay.outbox
+-- The lock comes last, behind the checks that a transaction has deferred, such as those of Django's foreign keys: one
+-- that waited for a row while it held the lock would stop every writer, and the row's owner could not commit either.
+-- What a deferred trigger defers runs behind all others.
+CREATE FUNCTION sse_relay.commit_last() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE sse_relay.outbox SET due = true WHERE n = NEW.n;
+    RETURN NULL;
+END $$;
+
+CREATE CONSTRAINT TRIGGER commit_last AFTER INSERT ON sse_relay.outbox
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION sse_relay.commit_last();
+CREATE CONSTRAINT TRIGGER commit_event AFTER UPDATE ON sse_relay.outbox
     DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION sse_relay.commit_event();
 -- In sessions with session_replication_role = replica as well.
-ALTER TABLE sse_relay.outbox ENABLE ALWAYS TRIGGER commit_event;
+ALTER TABLE sse_relay.outbox ENABLE ALWAYS TRIGGER commit_last, ENABLE ALWAYS TRIGGER commit_event;
 
 -- What notify() calls, which has checked its arguments.
 CREATE FUNCTION sse_relay.publish(channel text, payload text, own_id text) RETURNS void
