@@ -1,6 +1,7 @@
 """Many streams in one test: each a socket and the standard's parser, all on one thread."""
 
 import codecs
+import json
 import selectors
 import socket
 import time
@@ -89,13 +90,16 @@ class Pages:
         """Open a stream for each path, and return them when all have their first bytes."""
         opened = []
         for path in paths:
-            page = Page(port, path, headers, **options)
-            self.selector.register(page, selectors.EVENT_READ)
-            opened.append(page)
+            opened.append(self.add(Page(port, path, headers, **options)))
             self.read(0)
-        self.all += opened
         self.until(lambda: all(page.status or page.closed for page in opened), "all streams are open", seconds)
         return opened
+
+    def add(self, page):
+        """Read ``page`` from now on as well."""
+        self.selector.register(page, selectors.EVENT_READ)
+        self.all.append(page)
+        return page
 
     def close(self, page):
         """End a stream from the page's side."""
@@ -116,3 +120,20 @@ class Pages:
         while not condition():
             assert time.monotonic() < end, f"not within {seconds} s: {what}"
             self.read(0.05)
+
+
+def resets(page):
+    return [json.loads(event.data) for event in page.events if event.event == "stream-reset"]
+
+
+def come_back(pages, relay, channel, last_event_id):
+    return pages.open(relay.port, [f"/channel={channel}"], {"Last-Event-ID": last_event_id})[0]
+
+
+def data_of(page):
+    return [event.data for event in page.events if event.event != "stream-reset"]
+
+
+def got(pages, page, *data):
+    pages.until(lambda: data_of(page)[-1:] == [data[-1]], f"{data[-1][:20]} arrives")
+    assert data_of(page) == list(data)

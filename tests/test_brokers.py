@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 from outages import Proxy, end_listeners
@@ -251,3 +252,32 @@ def test_name_that_the_database_cannot_encode_fails_alone(postgres_server, tmp_p
 def ready(relay, pages):
     (answer,) = pages.open(relay.port, ["/readyz"])
     return answer.status == 200
+
+
+def test_notification_that_comes_with_an_answer_is_not_left_behind(postgres_server, tmp_path, pages, channel):
+    """A worker that finds both in its socket at once delivers without waiting for what comes next."""
+    with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        ((backend,),) = postgres_server.listeners()
+        (worker,) = relay.workers()
+        for number in range(5):
+            os.kill(backend, signal.SIGSTOP)
+            asking = pages.add(Page(relay.port, f"/channel={channel}-{number}"))
+            until(lambda: unread(postgres_server.port), "the worker's LISTEN is on its way")
+            os.kill(worker, signal.SIGSTOP)
+            os.kill(backend, signal.SIGCONT)
+            until(lambda: not unread(postgres_server.port), "the backend has it")
+            postgres_server.publish(channel, str(number))
+            idle = "SELECT pid FROM pg_stat_activity WHERE pid = %s AND state = 'idle'"
+            until(lambda: postgres_server.execute(idle, backend), "it has answered")
+            os.kill(worker, signal.SIGCONT)
+            # The worker asks for nothing by itself for 10 s.
+            pages.until(lambda number=number: page.data[-1:] == [str(number)], "the event", 5)
+            pages.until(lambda asking=asking: asking.status == 200, "the answer")
+
+
+def unread(port):
+    """Bytes that a server on this port has not read, on all its connections."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    rows = [line.split() for line in lines]
+    return sum(int(row[4].partition(":")[2], 16) for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01")

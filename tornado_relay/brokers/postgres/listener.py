@@ -290,6 +290,9 @@ class PostgresListener:
     def _advance(self) -> None:
         try:
             state = self._connection.poll()
+            if state == POLL_OK and self._command:
+                # Notifications that came in one piece with the answer wait in libpq, and its socket has no more to read.
+                self._connection.poll()
         except psycopg2.Error as exc:
             self._fail(exc)
             return
