@@ -24,6 +24,7 @@ class Subscriber:
     __slots__ = (
         "address",
         "audible",
+        "buffer",
         "channels",
         "ends_at",
         "on_close",
@@ -56,6 +57,7 @@ class Subscriber:
         # None until `open`: what is delivered before the head is out was published before the page
         # could know that it is subscribed, and is not sent.
         self.stream: IOStream | None = None
+        self.buffer = 0
         self.opened_at = 0.0
         # Why the stream was closed from our side, for the log.
         self.reason = "closed by the client"
@@ -68,7 +70,7 @@ class Subscriber:
         """
         self.stream = stream
         self.opened_at = now
-        stream.max_write_buffer_size = buffer
+        self.buffer = buffer
         stream.max_buffer_size = MAX_UNREAD
         # A stream that is closed before it has a callback never calls one.
         stream.set_close_callback(self._closed)
@@ -81,8 +83,8 @@ class Subscriber:
         """
         Write ``data``, or queue it behind what waits already; a reader that is too slow is cut.
 
-        What comes when nothing waits is taken whatever its size: a reader is slow only if it leaves
-        something waiting. Large pieces wait as views of bytes that all streams share.
+        What comes when nothing waits is taken whatever its size, and leaves room for as much behind it as a
+        reader may be behind. Large pieces wait as views of bytes that all streams share.
         """
         stream = self.stream
         if stream is None or stream.closed():
@@ -95,9 +97,8 @@ class Subscriber:
                     sent = 0
                 if sent == len(data):
                     return
-                limit, stream.max_write_buffer_size = stream.max_write_buffer_size, None
+                stream.max_write_buffer_size = self.buffer + len(data) - sent
                 stream.write(memoryview(data)[sent:])
-                stream.max_write_buffer_size = limit
             else:
                 stream.write(data)
         except StreamBufferFullError:
