@@ -14,12 +14,19 @@ def end_listeners(broker):
 
 
 class Proxy:
-    """A TCP proxy that can stop to forward, without closing anything."""
+    """
+    A TCP proxy that can stop to forward, without closing anything.
 
-    def __init__(self, target):
+    With ``slow`` it stops only what the server sends to clients that have sent these bytes.
+    """
+
+    def __init__(self, target, slow=b""):
         self.target = target
+        self.slow = slow
         self.flowing = threading.Event()
         self.flowing.set()
+        # Set once something is held back.
+        self.holds = threading.Event()
         self.server = socket.create_server(("127.0.0.1", 0))
         self.port = self.server.getsockname()[1]
         self.sockets = [self.server]
@@ -51,13 +58,18 @@ class Proxy:
             except OSError:
                 return
             self.sockets += [client, server]
-            threading.Thread(target=self.pump, args=(client, server), daemon=True).start()
-            threading.Thread(target=self.pump, args=(server, client), daemon=True).start()
+            is_slow = threading.Event()
+            threading.Thread(target=self.pump, args=(client, server, is_slow, False), daemon=True).start()
+            threading.Thread(target=self.pump, args=(server, client, is_slow, True), daemon=True).start()
 
-    def pump(self, source, sink):
+    def pump(self, source, sink, is_slow, answers):
         try:
             while data := source.recv(65536):
-                self.flowing.wait()
+                if self.slow in data:
+                    is_slow.set()
+                if not self.flowing.is_set() and (not self.slow or (answers and is_slow.is_set())):
+                    self.holds.set()
+                    self.flowing.wait()
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from outages import end_listeners
+from pages import come_back, data_of, got, resets
 from relay import COMMAND, Relay, run
-from servers import PostgresServer, RedisServer, until
+from servers import until
 
 from tornado_relay.errors import PayloadTooLarge
 from tornado_relay.publish import open_publisher
@@ -20,23 +21,6 @@ from tornado_relay.publish import open_publisher
 def relay(kept, tmp_path):
     with Relay(tmp_path, "--workers", "2", **kept.environment) as running:
         yield running
-
-
-def resets(page):
-    return [json.loads(event.data) for event in page.events if event.event == "stream-reset"]
-
-
-def come_back(pages, relay, channel, last_event_id):
-    return pages.open(relay.port, [f"/channel={channel}"], {"Last-Event-ID": last_event_id})[0]
-
-
-def data_of(page):
-    return [event.data for event in page.events if event.event != "stream-reset"]
-
-
-def got(pages, page, *data):
-    pages.until(lambda: data_of(page)[-1:] == [data[-1]], f"{data[-1][:20]} arrives")
-    assert data_of(page) == list(data)
 
 
 def test_header_and_query(relay, kept, pages, channel):
@@ -330,80 +314,6 @@ def test_listen_misses_nothing(kept, tmp_path, channel):
                     assert json.loads(listening.stdout.readline())["data"] == str(number)
             finally:
                 listening.terminate()
-
-
-@pytest.mark.parametrize("relay_lives", [True, False])
-def test_broker_that_lost_its_data_is_a_new_epoch(home, tmp_path, pages, channel, relay_lives):
-    """Redis without persistence: an id of before is told so, and gets none of the events of after."""
-    folder = home / f"epoch-{channel}"
-    folder.mkdir()
-    server = RedisServer(folder)
-    environment = {**server.environment, "RELAY_HISTORY": "100"}
-    try:
-        with Relay(tmp_path, "--workers", "1", **environment) as relay:
-            publisher = open_publisher("redis", server.url)
-            (page,) = pages.open(relay.port, [f"/channel={channel}"])
-            publisher.publish(channel, '{"data":"lost"}')
-            got(pages, page, "lost")
-            if relay_lives:
-                server.stop()
-                server.start()
-                pages.until(lambda: resets(page), "the open stream is told")
-                assert resets(page) == [{"reason": "history-lost", "channels": [channel]}]
-                new_epoch(pages, relay, publisher, channel, page.events[0].id)
-                got(pages, page, "lost", "new")
-        if not relay_lives:
-            server.stop()
-            server.start()
-            with Relay(tmp_path, "--workers", "1", **environment) as relay:
-                new_epoch(pages, relay, publisher, channel, page.events[0].id)
-    finally:
-        server.stop()
-
-
-def test_database_that_was_set_back_is_a_new_epoch(home, tmp_path, pages, channel):
-    """A copy of its files from before is put in place: ids that are drawn again are not taken for the first ones."""
-    folder = home / f"epoch-{channel}"
-    folder.mkdir(mode=0o755)
-    server = PostgresServer(folder)
-    environment = {**server.environment, "RELAY_HISTORY": "100"}
-    data, copy = server.cluster.data, server.cluster.data.with_name("copy")
-    try:
-        assert run("init-db", cwd=tmp_path, **server.environment).returncode == 0
-        publisher = open_publisher("postgres", server.url)
-        publisher.publish(channel, '{"data":"true"}')
-        true = publisher.newest()
-        server.stop()
-        _copy(data, copy)
-        server.start()
-        with Relay(tmp_path, "--workers", "1", **environment) as relay:
-            until(lambda: "the history is at" in relay.log, "the relay is there")
-            (page,) = pages.open(relay.port, [f"/channel={channel}"])
-            publisher.publish(channel, '{"data":"lost"}')
-            got(pages, page, "lost")
-            server.stop()
-            data.rename(data.with_name("set aside"))
-            _copy(copy, data)
-            server.start()
-            pages.until(lambda: resets(page), "the open stream is told")
-            assert resets(page) == [{"reason": "history-lost", "channels": [channel]}]
-            new_epoch(pages, relay, publisher, channel, page.events[0].id)
-            assert publisher.newest().partition("-")[2] == page.events[0].id.partition("-")[2]
-            got(pages, come_back(pages, relay, channel, true), "new")
-    finally:
-        server.stop("immediate")
-
-
-def _copy(source: Path, target: Path):
-    subprocess.run(["cp", "-a", source, target], check=True)
-
-
-def new_epoch(pages, relay, publisher, channel, old_id):
-    back = come_back(pages, relay, channel, old_id)
-    pages.until(lambda: back.events, "an answer")
-    assert resets(back) == [{"reason": "unknown-id", "channels": [channel]}]
-    publisher.publish(channel, '{"data":"new"}')
-    got(pages, back, "new")
 
 
 def memory(pid):

@@ -343,7 +343,7 @@ def test_second_pruner_has_nothing_to_do(history):
 def test_a_million_events_go_while_others_come(history):
     """No writer waits for a pruner, however long its transaction is, and what is to be kept is kept."""
     keep, written, more = 20_000, [0] * 20, True
-    values = "g, token, 'channel-' || g % 20, '', NULL, now() - CASE WHEN g <= 400000 THEN '2 days' ELSE '0' END::interval"  # fmt: skip
+    values = "g, token, 'channel-' || g % 20, '', NULL, false, now() - CASE WHEN g <= 400000 THEN '2 days' ELSE '0' END::interval"  # fmt: skip
     sql(history, f"INSERT INTO sse_relay.event SELECT {values} FROM generate_series(1, 1000000) g, sse_relay.span")
     sql(history, "SELECT setval('sse_relay.event_id', 1000000)")
 

@@ -12,73 +12,34 @@ message on the hub delivers. Nothing awaits between these two.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 from typing import NamedTuple, Protocol, cast
 
 from . import events
 from .errors import BrokerError, BrokerRefused, BrokerUnavailable
+from .history import History
+from .history.page import FramedPage, Frames, Part, part
 from .history.spans import EARLIEST, Cursor, Spans, parse
 from .hub import Hub, Sink
 
 log = logging.getLogger(__name__)
 
-# Pages of one read, and events of all of them together, about.
-PAGES = 200
+# Pages of one read: at most, and at first. There are fewer where events are large.
+MAX_PLACES = 200
+FIRST_PLACES = 8
+# Events and bytes of one read, about; each page has one event at least.
 EVENTS = 1000
-# After a read that the broker refused, this many reads are for one stream each.
-ALONE = 200
-# Bytes that a stream gets at a time, but for the last event.
-PART_BYTES = 131_072
+READ_BYTES = 2_097_152
+# Bytes of one page, but for its last event.
+PAGE_BYTES = 131_072
 # Streams that are served in one go; then others of the loop get a turn.
 STREAMS = 200
-# Seconds between two looks for what is to be deleted, and pauses while there is more.
-PRUNE_SECONDS = 10.0
-PRUNE_PAUSE = 0.05
 RETRY_SECONDS = 0.5
 # An id of an unknown span is looked up again at most this often.
 REOPEN_SECONDS = 1.0
-
-
-class Row(NamedTuple):
-    """One event that is kept."""
-
-    seq: int
-    id: str
-    payload: str
-
-
-class Page(NamedTuple):
-    """The events of one channel behind a place."""
-
-    rows: list[Row]
-    complete: bool
-    """Whether there are no more."""
-    through: int
-    """Up to where events of this channel have been, or may have been, deleted."""
-
-
-class History(Protocol):
-    """The history of one broker. All raise `BrokerError`."""
-
-    hint: str
-    """What to do where the broker keeps none."""
-
-    async def open(self) -> tuple[Cursor, Spans] | None:
-        """Return where it ends and what it consists of, or None if the broker keeps none. Called at each connect."""
-
-    async def find(self, own_id: str, channels: tuple[str, ...]) -> int | None:
-        """Return the number of the one event on ``channels`` with this id of its publisher's own; None if there is not one."""
-
-    async def read(self, places: list[tuple[str, int]], limit: int) -> tuple[list[Page], Cursor | None]:
-        """
-        Return a page of at most ``limit`` events for each (channel, number), and where the history ended then.
-
-        All of it is of one moment. There is no end where the broker has forgotten that it keeps a history.
-        """
-
-    async def prune(self) -> bool:
-        """Delete some of what is too old or too much; return whether there is more."""
+# Seconds between two looks for what is to be deleted, and pauses while there is more.
+TEND_SECONDS = 5.0
+PRUNE_PAUSE = 0.05
 
 
 class Stream(Sink, Protocol):
@@ -91,36 +52,51 @@ class Stream(Sink, Protocol):
         """Return what resolves when nothing waits to be written, or None if nothing does."""
 
 
-class _Part(NamedTuple):
-    """What a stream at some place on some channels gets in this turn."""
-
-    data: bytes
-    position: int
-    complete: bool
-    gaps: dict[str, int]
+_Place = tuple[str, int]
 
 
-_Frames = list[tuple[int, bytes]]
+class _Read(NamedTuple):
+    """What one read of the history brought."""
+
+    streams: list[Stream]
+    pages: dict[_Place, FramedPage]
+    recorded: dict[str, Frames]
+    """What has come live since it began, on the channels that it was for."""
+    head: Cursor
 
 
 class Replay:
-    """The streams of one worker that are behind."""
+    """
+    The streams of one worker that are behind.
 
-    def __init__(self, hub: Hub, history: History) -> None:
+    Args:
+        hub: Where they are when they are not.
+        history: What brings them up to date.
+        seconds: How long an event is kept.
+
+    """
+
+    def __init__(self, hub: Hub, history: History, seconds: float) -> None:
         # Whether the broker keeps a history.
         self.active = False
 
         self._hub = hub
         self._history = history
-        # What it consists of; None until it has been asked for on this connection.
+        # Seconds after which a stream that nothing came to is moved on.
+        self._stale = seconds / 8
+        # What the history consists of; None until it has been asked for on this connection.
         self._spans: Spans | None = None
         self._opened_at = 0.0
-        # Where it ended when it was last read.
+        # Where it ended when it was last read, and a while ago.
         self._head: Cursor | None = None
+        self._mark = 0
+        self._marked_at = 0.0
         self._connected = False
         # Which connection it is: what was read over another one joins to nothing.
         self._session = 0
-        # So many streams are yet to be served one by one, since one of them makes the broker refuse.
+        # How many places the next read is for, at most.
+        self._places = FIRST_PLACES
+        # So many streams are yet to be read for one by one, since what one of them asks for is refused.
         self._alone = 0
         # The streams to read for. Those that have yet to take what they were given are not among them.
         self._behind: dict[Stream, None] = {}
@@ -133,6 +109,8 @@ class Replay:
     async def find(self, last_event_id: str, audible: tuple[str, ...]) -> int | None:
         """
         Return the number of the event that a stream on ``audible`` channels had last, or None if it is not known.
+
+        It is -1 for one that takes all that is kept.
 
         Raises:
             BrokerError: If the broker cannot be asked.
@@ -149,7 +127,7 @@ class Replay:
         if not self.active or self._spans is None:
             return None
         if last_event_id == EARLIEST:
-            return 0
+            return -1
         if cursor and cursor.token in self._spans:
             if self.newest and cursor.seq > self.newest.seq:
                 await self._next_read()
@@ -184,7 +162,7 @@ class Replay:
             self._hub.hold(stream)
             self._wait_for_turn(stream)
         else:
-            self._hub.add(stream)
+            self._hub.join(stream)
 
     # Called by the reader.
 
@@ -218,26 +196,38 @@ class Replay:
                 try:
                     await (self._open() if self._spans is None else self._turn())
                 except BrokerError as exc:
-                    # What one stream asks for must not keep the others from theirs.
-                    self._alone = ALONE if isinstance(exc, BrokerRefused) and self._spans is not None else self._alone
                     log.warning("the history cannot be read, next try in %.1f s: %s", RETRY_SECONDS, exc)
                     self._answer(exc)
-                    self._spans = None  # whether it is still there is seen by `_open`
-                    self._hub.record(())
+                    self._start_over()
                     await asyncio.sleep(RETRY_SECONDS)
+            self._places = FIRST_PLACES
 
-    async def prune(self) -> None:
-        """Delete what is too old or too much, for ever. Cancel it to end."""
+    async def tend(self) -> None:
+        """Delete what is too old or too much, and let no stream's place grow old, for ever. Cancel it to end."""
         while True:
-            await asyncio.sleep(PRUNE_SECONDS)
-            try:
-                while self._connected and self.active and await self._history.prune():
-                    await asyncio.sleep(PRUNE_PAUSE)
-            except BrokerError as exc:
-                log.warning("old events cannot be deleted: %s", exc)
-            if self._connected and not self.active:  # it may have been set up meanwhile
-                self._spans = None
+            await asyncio.sleep(min(TEND_SECONDS, self._stale))
+            if self._connected and not self.active:
+                self._spans = None  # it may have been set up meanwhile
                 self._work.set()
+            elif self._connected:
+                try:
+                    await self._next_read()
+                except BrokerError:
+                    continue  # which `run` has logged
+                self._move_on()
+                try:
+                    while self._connected and self.active and await self._history.prune():
+                        await asyncio.sleep(PRUNE_PAUSE)
+                except BrokerError as exc:
+                    log.warning("old events cannot be deleted: %s", exc)
+
+    def _move_on(self) -> None:
+        """Read for the streams if nothing has come for long: where they are would be pruned, though they miss nothing."""
+        if _now() - self._marked_at >= self._stale and self._head:
+            if self._hub.seq < self._mark:
+                self._behind.update(dict.fromkeys(cast("list[Stream]", self._hub.hold_all())))
+                self._work.set()
+            self._mark, self._marked_at = self._head.seq, _now()
 
     async def _open(self) -> None:
         begun = self._state()
@@ -272,58 +262,78 @@ class Replay:
         self._answer()
 
     async def _turn(self) -> None:
-        """Read once, and give every stream that it was read for what it gets."""
-        asking, self._asking = self._asking, []
+        """Read once, and give every stream that it was for what it gets."""
+        asked = len(self._asking)
         streams, places = self._choose()
-        recorded = self._hub.record(channel for channel, _ in places)
-        head, begun = None, self._state()
+        read, begun = None, self._state()
         try:
-            pages, head = await self._history.read(places, max(5, EVENTS // (len(places) or 1)))
-        except BrokerRefused:
-            if self._alone and len(streams) == 1:
-                self._give_up(streams.pop())
-            raise
-        finally:
-            if head is None or begun != self._state():
-                self._asking += asking
-                self._behind.update(dict.fromkeys(streams))
-        if head is None or begun != self._state():
-            self._spans = None
-            self._hub.record(())
+            read = await self._read(streams, places)
+        except BrokerRefused as exc:
+            if not streams:
+                raise
+            # What one stream asks for must not keep the others from theirs.
+            log.warning("the history cannot be read for %d streams: %s", len(streams), exc)
+            self._alone = max(self._alone, len(streams))
+            if len(streams) == 1 and begun == self._state():
+                self._give_up(streams[0])
+        if read is None or begun != self._state():
+            self._start_over()
             return
-        self._head = head
+        self._head = read.head
+        asking, self._asking = self._asking[:asked], self._asking[asked:]
         _resolve(asking)
-        framed: dict[tuple[str, int], tuple[_Frames, Page]] = {}
-        for place, page in zip(places, pages, strict=True):
-            framed[place] = [(row.seq, events.frame(row.payload, row.id)) for row in page.rows], page
-        parts: dict[tuple[tuple[str, ...], int], _Part] = {}
-        for number, stream in enumerate(streams, 1):
+        await self._serve(read, begun)
+        self._hub.record(())
+
+    async def _read(self, streams: list[Stream], places: list[_Place]) -> _Read | None:
+        recorded = self._hub.record(channel for channel, _ in places)
+        share = len(places) or 1
+        size = min(PAGE_BYTES, READ_BYTES // share)
+        pages, head = await self._history.read(places, max(5, EVENTS // share), size)
+        if head is None:
+            return None
+        read = sum(len(row.payload) for page in pages for row in page.rows)
+        if read > READ_BYTES:
+            self._places = max(1, len(places) * READ_BYTES // read)
+        elif len(places) >= self._places:
+            self._places = min(MAX_PLACES, 2 * self._places)
+        framed = (page.framed() for page in pages)
+        return _Read(streams, dict(zip(places, framed, strict=True)), recorded, head)
+
+    async def _serve(self, read: _Read, begun: tuple[bool, int, int]) -> None:
+        parts: dict[tuple[tuple[str, ...], int], Part] = {}
+        for number, stream in enumerate(read.streams, 1):
+            self._behind.pop(stream, None)
             if stream in self._hub:
-                key = stream.audible, stream.position
+                key = audible, position = stream.audible, stream.position
                 if key not in parts:
-                    parts[key] = _part(*key, framed, recorded, head.seq)
+                    pages = {channel: read.pages[channel, position] for channel in audible}
+                    tails = [read.recorded[channel] for channel in audible]
+                    parts[key] = part(position, pages, tails, read.head)
                 self._give(stream, parts[key])
             if number % STREAMS == 0:
                 await asyncio.sleep(0)
                 parts.clear()  # more may have been recorded
                 if begun != self._state():
-                    self._behind.update((each, None) for each in streams[number:] if each in self._hub)
-                    break
+                    return
+
+    def _start_over(self) -> None:
+        """See anew whether the history is still there, and read for those who still wait."""
+        self._spans = None
         self._hub.record(())
 
     def _state(self) -> tuple[bool, int, int]:
         return self._connected, self._session, self._hub.epoch
 
-    def _choose(self) -> tuple[list[Stream], list[tuple[str, int]]]:
+    def _choose(self) -> tuple[list[Stream], list[_Place]]:
         """Take as many streams as one read can serve, and return them with the places to read at."""
         streams: list[Stream] = []
-        places: dict[tuple[str, int], None] = {}
+        places: dict[_Place, None] = {}
         for stream in list(self._behind):
             wanted = [(channel, stream.position) for channel in stream.audible]
-            if places and len(places) + sum(place not in places for place in wanted) > PAGES:
-                continue
-            del self._behind[stream]
-            if stream in self._hub:
+            if stream not in self._hub:
+                del self._behind[stream]
+            elif not places or len(places) + sum(place not in places for place in wanted) <= self._places:
                 places.update(dict.fromkeys(wanted))
                 streams.append(stream)
                 if self._alone:
@@ -331,14 +341,14 @@ class Replay:
                     break
         return streams, list(places)
 
-    def _give(self, stream: Stream, part: _Part) -> None:
-        if gaps := tuple(name for name, through in part.gaps.items() if through > stream.told.get(name, 0)):
-            stream.told |= part.gaps
+    def _give(self, stream: Stream, given: Part) -> None:
+        if gaps := tuple(name for name, through in given.gaps.items() if through > stream.told.get(name, 0)):
+            stream.told |= given.gaps
             stream.send(events.stream_reset("pruned-id", gaps))
-        if part.data:
-            stream.send(part.data)
-        stream.position = part.position
-        if part.complete and stream in self._hub:
+        if given.data:
+            stream.send(given.data)
+        stream.position = given.position
+        if given.complete and stream in self._hub:
             self._hub.join(stream)
         elif waiting := stream.drained():
             waiting.add_done_callback(lambda _: self._wait_for_turn(stream))
@@ -346,7 +356,8 @@ class Replay:
             self._wait_for_turn(stream)
 
     def _give_up(self, stream: Stream) -> None:
-        # Position and hub stay consistent: the reset covers all up to now, and from now on it is live.
+        # The reset covers all up to now, and from now on it is live.
+        del self._behind[stream]
         stream.position = self._head.seq if self._head else 0
         stream.send(events.stream_reset("unreadable-history", stream.audible))
         self._hub.join(stream)
@@ -383,39 +394,6 @@ def _resolve(asking: list[asyncio.Future[None]], error: BrokerError | None = Non
     for future in asking:
         if not future.done():
             future.set_exception(error) if error else future.set_result(None)
-
-
-def _part(
-    audible: tuple[str, ...],
-    position: int,
-    framed: dict[tuple[str, int], tuple[_Frames, Page]],
-    recorded: dict[str, _Frames],
-    head: int,
-) -> _Part:
-    """Return what a stream at ``position`` gets of pages that were read when the history ended at ``head``."""
-    found = {channel: framed[channel, position] for channel in audible}
-    gaps = {channel: page.through for channel, (_, page) in found.items() if position and page.through > position}
-    # Across channels a stream gets events in their order, so no further than the first page that was cut short.
-    end = min((page.rows[-1].seq for _, page in found.values() if not page.complete), default=None)
-    frames = heapq.merge(*(frames for frames, _ in found.values()))
-    # A stream gets no more at a time than a page, on however many channels it is.
-    taken: _Frames = []
-    size = 0
-    for seq, frame in frames:
-        if end is not None and seq > end:
-            break
-        if size >= PART_BYTES:
-            end = taken[-1][0]
-            break
-        taken.append((seq, frame))
-        size += len(frame)
-    if end is not None:
-        return _Part(b"".join(frame for _, frame in taken), end, False, gaps)
-    # What was recorded and is no later than the head is in the pages.
-    end = max(position, head)
-    tail = list(heapq.merge(*([pair for pair in recorded[channel] if pair[0] > end] for channel in audible)))
-    data = b"".join(frame for _, frame in [*taken, *tail])
-    return _Part(data, tail[-1][0] if tail else end, True, gaps)
 
 
 def _now() -> float:

@@ -84,9 +84,10 @@ class Worker:
         listener = listener_class(url, self.hub.deliver)
         replay, working = None, set[asyncio.Task[None]]()
         if self.hub.history:
-            replay = Replay(self.hub, listener.history(self.settings.history, self.settings.history_seconds))
+            seconds = self.settings.history_seconds
+            replay = Replay(self.hub, listener.history(self.settings.history, seconds), seconds)
             self.reader = Reader(listener, replay.back, replay.lost)
-            working |= {asyncio.create_task(replay.run()), asyncio.create_task(replay.prune())}
+            working |= {asyncio.create_task(replay.run()), asyncio.create_task(replay.tend())}
         else:
             self.reader = Reader(listener, self._back, lambda: None)
         self.relay = Relay(self.settings, self.hub, self.reader, replay)

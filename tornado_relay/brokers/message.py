@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 RS = "\x1e"
 
+MAX_SEQ = 2**63 - 1
+"""The highest number that a history draws: PostgreSQL's largest bigint."""
+
 _MARK = re.compile(f"{RS}([0-9a-f]{{8}}-([1-9][0-9]{{0,18}})){RS}([^{RS}]*)(?:{RS}(.*))?", re.DOTALL)
 
 
@@ -36,7 +39,7 @@ def read(channel: str, payload: str) -> Message:
     if not payload.startswith(RS):
         return Message(channel, payload)
     mark = _MARK.fullmatch(payload)
-    if mark is None:
+    if mark is None or int(mark[2]) > MAX_SEQ:
         return Message(channel, payload)
     event_id, seq, marked_channel, kept = mark.groups()
     return Message(marked_channel or channel, kept, event_id, int(seq))

@@ -17,20 +17,18 @@ import redis
 from ..brokers.redis import scripts
 from ..brokers.redis import url as urls
 from ..errors import BrokerRefused, BrokerUnavailable
-from ..replay import Page, Row
+from .page import Page, Row
 from .spans import Cursor, Spans
 
 log = logging.getLogger(__name__)
 
-# Bytes of one page, but for its last event.
-PAGE_BYTES = 131_072
 # Seconds after which publishers stop to keep events, when no relay asks for it any more.
 LAPSE_SECONDS = 7 * 86_400
 
 
 class RedisHistory:
     """
-    A `replay.History`.
+    A `History`.
 
     Args:
         url: The Redis URL.
@@ -47,35 +45,29 @@ class RedisHistory:
         self._seconds = seconds
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-history")
         self._open_script, self._read_script = scripts.text("open"), scripts.text("read")
+        self._open_digest = scripts.digest(self._open_script)
 
     async def open(self) -> tuple[Cursor, Spans] | None:
-        """See `replay.History`."""
-        info = await self._call(self._client.info)
-        if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
-            log.warning(
-                "Redis deletes keys when it is full (maxmemory-policy %s): events may go without a word; use noeviction",
-                info["maxmemory_policy"],
-            )
-        arguments = (self._keep, self._seconds, info["run_id"])
-        token, last, spans = await self._eval(self._open_script, [scripts.STATE, scripts.SPANS], arguments)
+        """See `History`."""
+        await self._check_memory()
+        token, last, spans = await self._call(self._open)
         await self._lapse()
         pairs = zip(spans[::2], spans[1::2], strict=True)
-        return Cursor(token.decode(), int(last)), Spans((name.decode(), int(float(first))) for name, first in pairs)
+        return Cursor(token.decode(), int(last)), Spans((name.decode(), int(first)) for name, first in pairs)
 
     async def find(self, own_id: str, channels: tuple[str, ...]) -> int | None:
-        """See `replay.History`."""
+        """See `History`."""
         found = []
-        for channel in channels:
-            scores = await self._call(self._client.zmscore, scripts.own_ids_key(channel), [own_id, f"\0{own_id}"])
-            if scores[0] is not None:
-                found += [int(scores[0])] if scores[1] is None else [0, 0]
+        for first, again in await self._call(self._scores, own_id, channels):
+            if first is not None:
+                found += [int(first)] if again is None else [0, 0]
         return found[0] if len(found) == 1 else None
 
-    async def read(self, places: list[tuple[str, int]], limit: int) -> tuple[list[Page], Cursor | None]:
-        """See `replay.History`."""
+    async def read(self, places: list[tuple[str, int]], limit: int, size: int) -> tuple[list[Page], Cursor | None]:
+        """See `History`."""
         keys = [scripts.STATE, *(scripts.events_key(channel) for channel, _ in places)]
-        arguments = (limit, PAGE_BYTES, *(seq for _, seq in places))
-        reply = await self._eval(self._read_script, keys, arguments)
+        arguments = (limit, size, *(max(0, seq) for _, seq in places))
+        reply = await self._call(self._client.eval, self._read_script, len(keys), *keys, *arguments)
         if not reply:
             return [], None
         token, last, found = reply
@@ -90,7 +82,7 @@ class RedisHistory:
         return pages, Cursor(token.decode(), int(last))
 
     async def prune(self) -> bool:
-        """See `replay.History`; Redis deletes by itself, as long as it is known that a relay is there."""
+        """See `History`; Redis deletes by itself, as long as it is known that a relay is there."""
         await self._lapse()
         return False
 
@@ -99,8 +91,29 @@ class RedisHistory:
         for key in (scripts.STATE, scripts.SPANS):
             await self._call(self._client.expire, key, seconds)
 
-    async def _eval(self, script: str, keys: list[str], arguments: tuple[Any, ...]) -> Any:
-        return await self._call(self._client.eval, script, len(keys), *keys, *arguments)
+    async def _check_memory(self) -> None:
+        try:
+            info = await self._call(self._client.info, "memory")
+        except BrokerRefused:
+            return  # it is only for a warning
+        if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
+            log.warning(
+                "Redis deletes keys when it is full (maxmemory-policy %s): events may go without a word; use noeviction",
+                info["maxmemory_policy"],
+            )
+
+    def _open(self) -> Any:
+        keys_and_arguments = (2, scripts.STATE, scripts.SPANS, self._keep, self._seconds)
+        try:
+            return self._client.evalsha(self._open_digest, *keys_and_arguments, "")
+        except redis.exceptions.NoScriptError:
+            return self._client.eval(self._open_script, *keys_and_arguments, "1")
+
+    def _scores(self, own_id: str, channels: tuple[str, ...]) -> list[list[float | None]]:
+        pipeline = self._client.pipeline(transaction=False)
+        for channel in channels:
+            pipeline.zmscore(scripts.own_ids_key(channel), [own_id, f"\0{own_id}"])
+        return pipeline.execute()
 
     async def _call(self, command: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -4,7 +4,8 @@
 -- ARGV: channel, payload, id of the publisher's own or "", "1" when this script was not in the server's cache.
 --
 -- A number is the time in microseconds, or the one before it plus one. A server that was started again does not have
--- this script in its cache, so its first event begins a new span: what it has lost is then not taken for what it has.
+-- this script in its cache, so its first event begins a new span, right behind the last event that it still has: what it
+-- has lost is then not taken for what it has.
 
 local keep, seconds, token, last = unpack(redis.call('HMGET', KEYS[1], 'keep', 'seconds', 'token', 'seq'))
 if not keep then
@@ -13,12 +14,16 @@ end
 if #ARGV[2] > 1048576 then
     return redis.error_reply('TOOLARGE the event is over 1 MiB')
 end
+-- Refused before anything is kept. Older servers than 7 cannot be asked.
+if redis.acl_check_cmd and not redis.acl_check_cmd('PUBLISH', ARGV[1], ARGV[2]) then
+    return redis.error_reply('DENIED this user may not PUBLISH to the channel')
+end
 local now = redis.call('TIME')
 local time = now[1] * 1000000 + now[2]
 local seq = string.format('%.0f', math.max(time, (tonumber(last) or 0) + 1))
 if ARGV[4] == '1' or not token then
     token = string.sub(redis.sha1hex(seq .. (token or '') .. ARGV[2]), 1, 8)
-    redis.call('ZADD', KEYS[2], seq, token)
+    redis.call('RPUSH', KEYS[2], token, last and string.format('%.0f', last + 1) or seq)
     redis.call('HSET', KEYS[1], 'token', token)
 end
 -- Each event names the one before it on its channel, so that a reader sees what was deleted in between.

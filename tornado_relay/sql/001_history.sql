@@ -20,6 +20,8 @@ CREATE TABLE sse_relay.event (
     channel text NOT NULL,
     payload text NOT NULL,
     own_id text,
+    -- Whether an event of the channel had the same id before it: none to come back to, even if that one goes.
+    own_id_again boolean NOT NULL,
     at timestamptz NOT NULL
 );
 CREATE INDEX event_channel_id ON sse_relay.event (channel, id);
@@ -124,7 +126,9 @@ BEGIN
     event_id := nextval('sse_relay.event_id');
     DELETE FROM sse_relay.outbox WHERE n = NEW.n;
     INSERT INTO sse_relay.event
-        VALUES (event_id, event_token, NEW.channel, NEW.payload, NEW.own_id, clock_timestamp());
+        VALUES (event_id, event_token, NEW.channel, NEW.payload, NEW.own_id, EXISTS (
+            SELECT FROM sse_relay.event e WHERE e.channel = NEW.channel AND e.own_id = NEW.own_id
+        ), clock_timestamp());
     -- NOTIFY takes channels of 63 bytes: longer ones share one.
     IF octet_length(convert_to(target, 'UTF8')) > 63 OR target = 'sse_relay_long_names' THEN
         target := 'sse_relay_long_names';

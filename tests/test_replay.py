@@ -1,0 +1,188 @@
+"""What may come between while streams are brought up to date: losses, refusals, large events, and long quiet."""
+
+import re
+import time
+from urllib.parse import quote
+
+import pytest
+from outages import Proxy, end_listeners
+from pages import Page, come_back, got, resets
+from relay import Relay, run
+from servers import execute, until
+
+from tornado_relay.errors import BrokerError
+from tornado_relay.events import serialize
+from tornado_relay.publish import open_publisher
+
+
+def test_redis_connection_that_is_lost_during_a_read(kept_redis, tmp_path, pages, channel):
+    """The page that was read before joins to nothing: it lacks what was missed live."""
+    with Proxy(kept_redis.server.port, slow=b"sse-relay-history") as proxy:
+        url = kept_redis.url.replace(str(kept_redis.server.port), str(proxy.port))
+        with Relay(tmp_path, "--workers", "1", **kept_redis.environment | {"REDIS_URL": url}) as relay:
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            kept_redis.publish(channel, "1", "2")
+            got(pages, page, "1", "2")
+            got(pages, come_back(pages, relay, channel, page.events[0].id), "2")
+            proxy.freeze()
+            back = pages.add(Page(relay.port, f"/channel={channel}", {"Last-Event-ID": page.events[0].id}))
+            until(proxy.holds.is_set, "the history's answer is held back")
+            end_listeners(kept_redis.server)
+            until(lambda: not kept_redis.server.listeners(), "the connection is lost")
+            kept_redis.publish(channel, "3", "4")
+            until(lambda: relay.log.count("Redis connected") == 2, "it is back")
+            proxy.thaw()
+            kept_redis.publish(channel, "5")
+            got(pages, back, "2", "3", "4", "5")
+            assert not resets(back)
+
+
+def test_channel_that_cannot_be_read_holds_up_nobody(kept_redis, tmp_path, pages, channel):
+    """A key of another type in its place: its streams are told, others get theirs."""
+    bad = f"{channel}-bad"
+    kept_redis.publish(channel, "1", "2")
+    client = kept_redis.server.client
+    client.execute_command("SELECT", 5)
+    client.set(f"sse-relay:events:{bad}", "x")
+    client.execute_command("SELECT", 0)
+    with Relay(tmp_path, "--workers", "1", **kept_redis.environment) as relay:
+        opened = pages.open(
+            relay.port, [f"/channel={name}?last_event_id=earliest" for name in (bad, channel, bad, channel)]
+        )
+        for page in opened[1::2]:
+            got(pages, page, "1", "2")
+        for page in opened[::2]:
+            pages.until(lambda page=page: page.events, "an answer")
+            assert resets(page) == [{"reason": "unreadable-history", "channels": [bad]}]
+
+
+def test_channel_that_the_database_cannot_spell_holds_up_nobody(postgres_server, tmp_path, pages, channel):
+    """In a database in LATIN1 a name of other letters is refused by each read."""
+    postgres_server.execute("CREATE DATABASE latin_kept ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    url = postgres_server.url.removesuffix("relay") + "latin_kept"
+    assert run("init-db", cwd=tmp_path, DATABASE_URL=url).returncode == 0
+    publisher = open_publisher("postgres", url)
+    for data in ("é1", "é2"):
+        publisher.publish(channel, serialize({"data": data}))
+    foreign = "日本" * 20
+    with Relay(tmp_path, "--workers", "1", DATABASE_URL=url, RELAY_HISTORY="100") as relay:
+        paths = [f"/channel={quote(name)}?last_event_id=earliest" for name in (foreign, channel)]
+        told, served = pages.open(relay.port, paths)
+        got(pages, served, "é1", "é2")
+        pages.until(lambda: told.events, "an answer")
+        assert resets(told) == [{"reason": "unreadable-history", "channels": [foreign]}]
+    publisher.close()
+
+
+def test_quiet_stream_outlives_what_is_pruned(kept, tmp_path, pages, channel):
+    """Nothing came to it for longer than events are kept, so it missed nothing, at a loss of the broker or when it returns."""
+    quiet, busy = f"{channel}-quiet", f"{channel}-busy"
+    flags = ("--workers", "1", "--history-seconds", "4", "--heartbeat", "3600")
+    with Relay(tmp_path, *flags, **kept.environment) as relay:
+        until(lambda: "the history is at" in relay.log, "the history is set up")
+        (page,) = pages.open(relay.port, [f"/channel={quiet}"])
+        begin = page.parser.last_event_id
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+            kept.publish(busy, "x")
+            pages.read(0.1)
+        assert page.parser.last_event_id != begin
+        end_listeners(kept.server)
+        until(lambda: relay.log.count(" connected") == 2, "the connection is back")
+        kept.publish(quiet, "1")
+        got(pages, page, "1")
+        back = come_back(pages, relay, quiet, page.parser.last_event_id)
+        kept.publish(quiet, "2")
+        got(pages, back, "2")
+        assert not resets(page)
+        assert not resets(back)
+
+
+def test_beginning_of_the_history_is_a_place_as_any(postgres_server, tmp_path, pages, channel):
+    """A stream from before the first event of all is told what was pruned since."""
+    postgres_server.execute("CREATE DATABASE beginning")
+    url = postgres_server.url.removesuffix("relay") + "beginning"
+    assert run("init-db", cwd=tmp_path, DATABASE_URL=url).returncode == 0
+    publisher = open_publisher("postgres", url)
+    with Relay(tmp_path, "--workers", "1", DATABASE_URL=url, RELAY_HISTORY="100") as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        assert page.parser.last_event_id.endswith("-0")
+        for number in range(5):
+            publisher.publish(channel, serialize({"data": str(number)}))
+        until(lambda: not execute(url, "SELECT sse_relay.prune(2, 86400, 500)")[0][0], "pruned")
+        back = come_back(pages, relay, channel, page.parser.last_event_id)
+        got(pages, back, "3", "4")
+        assert resets(back) == [{"reason": "pruned-id", "channels": [channel]}]
+        (fresh,) = pages.open(relay.port, [f"/channel={channel}?last_event_id=earliest"])
+        got(pages, fresh, "3", "4")
+        assert not resets(fresh)
+    publisher.close()
+
+
+def test_own_id_whose_first_use_is_pruned_stays_unknown(kept, tmp_path, pages, channel):
+    """A stream that had the first event would lose those up to the second."""
+    with Relay(tmp_path, "--workers", "1", **kept.environment | {"RELAY_HISTORY": "2"}) as relay:
+        until(lambda: "the history is at" in relay.log, "the history is set up")
+        kept.publish(channel, "first", id="same")
+        kept.publish(channel, "between")
+        kept.publish(channel, "second", id="same")
+        kept.publish(channel, "last")
+        if kept.kind == "postgres":
+            until(lambda: not kept.execute("SELECT sse_relay.prune(2, 86400, 500)")[0][0], "pruned")
+        back = come_back(pages, relay, channel, "same")
+        pages.until(lambda: back.events, "an answer")
+        assert resets(back) == [{"reason": "unknown-id", "channels": [channel]}]
+    with Relay(tmp_path, "--workers", "1", **kept.environment) as relay:
+        until(lambda: "the history is at" in relay.log, "more is kept again")
+
+
+def test_large_events_at_many_places_are_read_a_few_at_a_time(kept_postgres, tmp_path, pages, channel):
+    """60 streams, each at a place of its own before an event of 1 MB: no read is for more than 8 of them."""
+    with Relay(tmp_path, "--workers", "1", **kept_postgres.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        numbers = [str(number) for number in range(60)]
+        kept_postgres.publish(channel, *numbers, "x" * 1_000_000)
+        pages.until(lambda: len(page.events) == 61, "all places")
+        reads = kept_postgres.server.log.count(f"ARRAY['{channel}'")
+        back = [Page(relay.port, f"/channel={channel}", {"Last-Event-ID": event.id}) for event in page.events[:60]]
+        for each in back:
+            pages.add(each)
+        pages.until(lambda: all(len(each.events) == 60 - n for n, each in enumerate(back)), "all is read", 60)
+        assert all(each.data == page.data[n + 1 :] for n, each in enumerate(back))
+        places = [
+            found.count(channel) for found in re.findall(rf"ARRAY\[('{channel}'[^]]*)\]", kept_postgres.server.log)
+        ]
+        assert max(places[reads:]) <= 8
+
+
+def test_page_that_is_under_way_makes_no_slow_reader(kept, tmp_path, pages, channel):
+    """RELAY_CLIENT_BUFFER is what may wait behind it: heartbeats and live events cut nobody."""
+    kept.publish(channel, *(str(number) + "x" * 100_000 for number in range(60)))
+    flags = ("--workers", "1", "--client-buffer", "20000", "--heartbeat", "1")
+    with Relay(tmp_path, *flags, **kept.environment) as relay:
+        beating, page = pages.open(
+            relay.port, [f"/channel={channel}-other", f"/channel={channel}?last_event_id=earliest"]
+        )
+        pages.selector.unregister(page)
+        kept.publish(channel, "live")
+        pages.until(lambda: beating.body.count(b"\n:\n") > 3, "heartbeats")
+        assert "cutting" not in relay.log
+        pages.add(page)
+        pages.until(lambda: page.data[-1:] == ["live"], "all")
+        assert len(page.data) == 61
+
+
+def test_redis_users_of_few_rights(kept_redis, tmp_path, pages, channel):
+    """A relay without INFO has its history; what a publisher may not PUBLISH is not kept either."""
+    client = kept_redis.server.client
+    client.execute_command("ACL", "SETUSER", "relay", "on", ">pw", "~sse-relay:*", "&*", "+@all", "-info")
+    client.execute_command("ACL", "SETUSER", "app", "on", ">pw", "~sse-relay:*", "resetchannels", "&other", "+@all")
+    url = kept_redis.url.replace("//", "//relay:pw@")
+    with Relay(tmp_path, "--workers", "1", **kept_redis.environment | {"REDIS_URL": url}) as relay:
+        publisher = open_publisher("redis", kept_redis.url.replace("//", "//app:pw@"))
+        with pytest.raises(BrokerError, match="may not PUBLISH"):
+            publisher.publish(channel, '{"data":"forbidden"}')
+        kept_redis.publish(channel, "allowed")
+        (page,) = pages.open(relay.port, [f"/channel={channel}?last_event_id=earliest"])
+        got(pages, page, "allowed")
+    publisher.close()
