@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -32,7 +33,9 @@ log = logging.getLogger(__name__)
 
 # At most this many commands sent at a time, and this much handed to the loop in one call.
 BATCH = 1000
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 19
+# So many of which may wait for the loop; then Redis has to keep what comes, and throws out a reader that is too slow.
+INBOX = 4
 # A connection that is quiet for this many seconds is sent a PING, and given as long again to answer.
 QUIET = 5.0
 
@@ -60,6 +63,7 @@ class RedisListener:
         # What the thread has read and the loop has not looked at; a batch a turn, so that sockets that can
         # be written to come in between, and no reader counts as slow for want of a chance.
         self._inbox: deque[list[Any]] = deque()
+        self._room = threading.Semaphore(INBOX)
         self._turning = False
         # To be called once all that is held has been confirmed.
         self._on_up: Callable[[], None] | None = None
@@ -95,7 +99,10 @@ class RedisListener:
     async def session(self, on_up: Callable[[], None]) -> None:
         """Connect, and read until the connection is lost, which raises."""
         self._on_up = on_up
-        self._commands.clear()  # meant for the connection before this one
+        # What is left was meant for, or came over, the connection before this one.
+        self._commands.clear()
+        self._inbox.clear()
+        self._room = threading.Semaphore(INBOX)
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._run)
         except (redis.AuthenticationError, redis.ResponseError) as exc:
@@ -138,6 +145,7 @@ class RedisListener:
         self._turning = bool(self._inbox)
         if self._inbox:
             self._received(self._inbox.popleft())
+            self._room.release()
             self._loop.add_callback(self._turn)
 
     def _arrived(self, replies: list[Any]) -> None:
@@ -209,6 +217,7 @@ class RedisListener:
                 if pinged:
                     self.latency = time.monotonic() - pinged_at
                 pinged = False
+                self._room.acquire()
                 self._loop.add_callback(self._arrived, _batch(connection, sent))
 
 
