@@ -27,6 +27,8 @@ class Proxy:
         self.flowing.set()
         # Set once something is held back.
         self.holds = threading.Event()
+        # Bytes, in both directions.
+        self.forwarded = 0
         self.server = socket.create_server(("127.0.0.1", 0))
         self.port = self.server.getsockname()[1]
         self.sockets = [self.server]
@@ -71,6 +73,7 @@ class Proxy:
                     self.holds.set()
                     self.flowing.wait()
                 sink.sendall(data)
+                self.forwarded += len(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             pass

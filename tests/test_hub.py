@@ -198,7 +198,24 @@ def test_channels_without_a_history_are_remembered_and_bounded(history, monkeypa
     for channel in "abcb":
         joined(history, channel)
         history.deliver([Message(channel, "x")])
-    assert list(history.unkept) == ["b", "c"]
+    assert list(history.unkept) == ["c", "b"]
+
+
+def test_event_that_no_history_keeps_has_its_place(history):
+    """Who is behind the next message that is kept has had it, on whatever channel that came."""
+    sink = joined(history, "a", "b")
+    sink.position = 5
+    history.deliver([kept(5), Message("a", "by hand")])
+    assert history.missed_unkept(sink) == ("a",)
+    sink.position = 10**9
+    assert history.missed_unkept(sink) == ("a",)
+    history.deliver([kept(7)._replace(channel="b"), kept(9)])
+    missed = {}
+    for sink.position in (-1, 0, 6, 7, 8):
+        missed[sink.position] = history.missed_unkept(sink)
+    assert missed == {-1: (), 0: ("a",), 6: ("a",), 7: (), 8: ()}
+    history.restart("history-lost", 0)
+    assert history.missed_unkept(sink) == ("a",)
 
 
 def test_held_stream_is_told_of_what_no_history_keeps(history):

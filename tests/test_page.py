@@ -12,11 +12,11 @@ def frames(*numbers, size=0):
 
 
 def whole(*numbers, through=0):
-    return FramedPage(frames(*numbers), complete=True, through=through)
+    return FramedPage(frames(*numbers), None, through)
 
 
 def cut(*numbers):
-    return FramedPage(frames(*numbers), complete=False, through=0)
+    return FramedPage(frames(*numbers), numbers[-1], 0)
 
 
 def test_events_of_all_channels_in_their_order():
@@ -29,6 +29,12 @@ def test_page_that_was_cut_ends_all():
     """What comes behind it on other channels waits until the rest of it is read."""
     pages = {"a": cut(3, 7), "b": whole(5, 8), "c": cut(4, 9)}
     assert part(2, pages, [[], [], []], HEAD) == Part(b"3.4.5.7.", 7, False, {})
+
+
+def test_page_that_there_was_no_room_for_ends_all_before_its_first_event():
+    """Its channel has nothing up to there."""
+    pages = {"a": whole(3, 7), "b": FramedPage([], 4, 0)}
+    assert part(2, pages, [[], []], HEAD) == Part(b"3.", 4, False, {})
 
 
 def test_live_events_follow_each_once():
@@ -54,7 +60,7 @@ def test_place_is_said_only_if_it_has_moved():
 def test_part_is_bounded_over_many_channels():
     """It ends with the event that fills it."""
     pages = {
-        name: FramedPage(frames(*range(first, 100, 3), size=PART_BYTES // 10), complete=True, through=0)
+        name: FramedPage(frames(*range(first, 100, 3), size=PART_BYTES // 10), None, 0)
         for name, first in (("a", 1), ("b", 2), ("c", 3))
     }
     given = part(0, pages, [[], [], []], HEAD)
@@ -62,14 +68,14 @@ def test_part_is_bounded_over_many_channels():
 
 
 def test_gaps_are_of_the_channels_that_lost_something_behind_the_place():
-    """A stream that takes what there is misses nothing."""
+    """For a stream that takes what there is they are those that it is never told of."""
     pages = {"a": whole(7, through=6), "b": whole(8, through=2), "c": whole(through=100)}
     assert part(2, pages, [[], [], []], HEAD).gaps == {"a": 6, "c": 100}
     assert part(0, pages, [[], [], []], HEAD).gaps == {"a": 6, "b": 2, "c": 100}
-    assert part(-1, pages, [[], [], []], HEAD).gaps == {}
+    assert part(-1, pages, [[], [], []], HEAD).gaps == {"a": 6, "b": 2, "c": 100}
 
 
 def test_frames_carry_the_ids():
     """Each event is framed once for all streams at a place."""
-    page = Page([Row(3, "aaaaaaaa-3", '{"data":"x"}')], complete=False, through=1)
-    assert page.framed() == FramedPage([(3, b"id: aaaaaaaa-3\ndata: x\n\n")], complete=False, through=1)
+    page = Page([Row(3, "aaaaaaaa-3", '{"data":"x"}')], end=3, through=1)
+    assert page.framed() == FramedPage([(3, b"id: aaaaaaaa-3\ndata: x\n\n")], end=3, through=1)

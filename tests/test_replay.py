@@ -8,7 +8,7 @@ import pytest
 from outages import Proxy, end_listeners
 from pages import Page, come_back, got, resets
 from relay import Relay, run
-from servers import execute, until
+from servers import RedisServer, execute, until
 
 from tornado_relay.errors import BrokerError
 from tornado_relay.events import serialize
@@ -186,3 +186,95 @@ def test_redis_users_of_few_rights(kept_redis, tmp_path, pages, channel):
         (page,) = pages.open(relay.port, [f"/channel={channel}?last_event_id=earliest"])
         got(pages, page, "allowed")
     publisher.close()
+
+
+def test_many_channels_with_large_events(kept, tmp_path, pages, channel):
+    """A stream on 40 channels with 1 MB on each gets all in order, by reads that share their room."""
+    names = [f"{channel}-{number}" for number in range(40)]
+    sent = [f"{number}" + "x" * 1_000_000 for number in range(40)]
+    for number, data in enumerate(sent):
+        kept.publish(names[number * 7 % 40], data)
+    with Proxy(kept.server.port) as proxy:
+        (key,) = (key for key in kept.environment if key.endswith("URL"))
+        url = kept.url.replace(f":{kept.server.port}/", f":{proxy.port}/")
+        with Relay(tmp_path, "--workers", "1", **kept.environment | {key: url}) as relay:
+            path = "/events?last_event_id=earliest&" + "&".join(f"channel={name}" for name in names)
+            (page,) = pages.open(relay.port, [path])
+            pages.until(lambda: len(page.events) == 40, "all", 60)
+    assert page.data == sent
+    # Each read of all 40 for the sake of one would make it 1,600 MB.
+    assert proxy.forwarded < 200_000_000
+
+
+def test_stream_that_takes_what_there_is_is_told_of_no_gap(kept, tmp_path, pages, channel):
+    """Not when it is at a place of its own later, with more of another channel pruned behind it."""
+    busy = f"{channel}-busy"
+    with Relay(tmp_path, "--workers", "1", **kept.environment | {"RELAY_HISTORY": "50"}) as relay:
+        until(lambda: "the history is at" in relay.log, "the history is set up")
+        kept.publish(channel, *(f"{number}" + "x" * 10_000 for number in range(40)))
+        kept.publish(busy, *map(str, range(200)))
+        if kept.kind == "postgres":
+            until(lambda: not kept.execute("SELECT sse_relay.prune(50, 86400, 500)")[0][0], "pruned")
+        (page,) = pages.open(relay.port, [f"/events?channel={channel}&channel={busy}&last_event_id=earliest"])
+        pages.until(lambda: page.data[-1:] == ["199"], "all")
+        assert len(page.events) == 90
+        assert not resets(page)
+    with Relay(tmp_path, "--workers", "1", **kept.environment) as relay:
+        until(lambda: "the history is at" in relay.log, "more is kept again")
+
+
+def test_id_of_nobody_spoils_no_other_stream(kept_redis, tmp_path, pages, channel):
+    """A stream waits for a read, and another one comes with what looks like a place and makes the relay look again."""
+    with (
+        Proxy(kept_redis.server.port, slow=b"sse-relay-history") as proxy,
+        Relay(tmp_path, "--workers", "1", **kept_redis.environment) as other,
+    ):
+        url = kept_redis.url.replace(str(kept_redis.server.port), str(proxy.port))
+        (page,) = pages.open(other.port, [f"/channel={channel}"])
+        with Relay(tmp_path, "--workers", "1", **kept_redis.environment | {"REDIS_URL": url}) as relay:
+            until(lambda: "the history is at" in relay.log, "the history is set up")
+            kept_redis.publish(channel, "1", "2")
+            got(pages, page, "1", "2")
+            proxy.freeze()
+            back = pages.add(Page(relay.port, f"/channel={channel}", {"Last-Event-ID": page.events[-1].id}))
+            until(proxy.holds.is_set, "the history's answer is held back")
+            strange = pages.add(Page(relay.port, f"/channel={channel}-2", {"Last-Event-ID": "20261124-17"}))
+            until(lambda: len(kept_redis.server.client.pubsub_channels(f"{channel}-2")), "it is on its way")
+            end = time.monotonic() + 1.5  # an unknown id is looked up once a second
+            while time.monotonic() < end:
+                pages.read(0.1)
+            proxy.thaw()
+            pages.until(lambda: strange.events, "an answer")
+            assert resets(strange) == [{"reason": "unknown-id", "channels": [f"{channel}-2"]}]
+            kept_redis.publish(channel, "3")
+            got(pages, back, "3")
+            assert not resets(back)
+
+
+def test_full_redis_is_still_read(home, tmp_path, pages, channel):
+    """It refuses to write, so nothing is published; streams come and go, also when their places would be moved on."""
+    folder = home / f"full-{channel}"
+    folder.mkdir()
+    server = RedisServer(folder)
+    try:
+        flags = ("--workers", "1", "--history", "100", "--history-seconds", "4")
+        with Relay(tmp_path, *flags, **server.environment) as relay:
+            publisher = open_publisher("redis", server.url)
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            publisher.publish(channel, '{"data":"1"}')
+            publisher.publish(channel, '{"data":"2"}')
+            got(pages, page, "1", "2")
+            server.client.config_set("maxmemory", 1)
+            with pytest.raises(BrokerError, match="maxmemory"):
+                publisher.publish(channel, '{"data":"3"}')
+            end = time.monotonic() + 1  # the end of the history is older than an eighth of the seconds
+            while time.monotonic() < end:
+                pages.read(0.1)
+            got(pages, come_back(pages, relay, channel, page.events[0].id), "2")
+            (fresh,) = pages.open(relay.port, [f"/channel={channel}-fresh"])
+            server.client.config_set("maxmemory", 0)
+            publisher.publish(f"{channel}-fresh", '{"data":"4"}')
+            got(pages, fresh, "4")
+            publisher.close()
+    finally:
+        server.stop()

@@ -197,17 +197,23 @@ def test_payload_that_cannot_be_read_is_said(kept_postgres, tmp_path, pages, cha
 
 
 def test_events_that_no_history_keeps_are_said(kept, tmp_path, pages, channel):
-    """NOTIFY and PUBLISH by hand arrive, but a stream that was away cannot be given them, and is told."""
+    """NOTIFY and PUBLISH by hand arrive, but a stream that was away cannot be given them, and is told; others are not."""
     with Relay(tmp_path, "--workers", "1", **kept.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
-        kept.by_hand(channel, "by hand")
         kept.publish(channel, "kept")
-        got(pages, page, "by hand", "kept")
-        back = come_back(pages, relay, channel, page.parser.last_event_id)
-        pages.until(lambda: back.events, "an answer")
+        got(pages, page, "kept")
+        kept.by_hand(channel, "by hand")
+        kept.publish(channel, "next")
+        got(pages, page, "kept", "by hand", "next")
+        back = come_back(pages, relay, channel, page.events[0].id)
+        got(pages, back, "next")
         assert resets(back) == [{"reason": "not-kept", "channels": [channel]}]
+        had_all = come_back(pages, relay, channel, page.parser.last_event_id)
+        kept.publish(channel, "last")
+        got(pages, had_all, "last")
+        assert not resets(had_all)
         end_listeners(kept.server)
-        pages.until(lambda: resets(page), "the open stream is told as well")
+        pages.until(lambda: resets(page), "the open stream is told: there may have been more")
         assert resets(page) == [{"reason": "broker-reconnect", "channels": [channel]}]
 
 

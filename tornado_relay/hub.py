@@ -44,8 +44,11 @@ class Hub:
         self.id = ""
         # How often numbers have begun anew.
         self.epoch = 0
-        # Channels with events that no history keeps, the newest last.
-        self.unkept: dict[str, None] = {}
+
+        # Channels with events that no history keeps, the newest last: each with the number of the first message
+        # that was delivered behind the last one, or None before there is one.
+        self.unkept: dict[str, int | None] = {}
+        self._unplaced: dict[str, None] = {}
 
         # Streams on this channel alone, which share one piece of bytes; dicts as ordered sets.
         self._solo: dict[str, dict[Sink, None]] = {}
@@ -85,13 +88,25 @@ class Hub:
         """Deliver nothing to ``sink`` for the time being."""
         self._place(sink, self._held)
 
+    def live(self) -> list[Sink]:
+        """Return the streams that are not held."""
+        return [sink for sink, place in self._sinks.items() if place is not self._held]
+
     def hold_all(self) -> list[Sink]:
         """Hold every stream, each with the position that it has now, and return those that were not held."""
-        held = [sink for sink, place in self._sinks.items() if place is not self._held]
+        held = self.live()
         for sink in held:
             sink.position = max(sink.position, self.seq)
             self.hold(sink)
         return held
+
+    def missed_unkept(self, sink: Sink) -> tuple[str, ...]:
+        """Return the channels with events that no history keeps and that ``sink``, where it is, may not have had."""
+        return tuple(
+            channel
+            for channel in sink.audible
+            if (place := self.unkept.get(channel, 0)) is None or 0 <= sink.position < place
+        )
 
     def remove(self, sink: Sink) -> bool:
         """Stop delivering to ``sink``; return whether it was still there."""
@@ -154,6 +169,8 @@ class Hub:
         self.reset(reason)
         self.seq, self.id = 0, ""
         self.epoch += 1
+        self.unkept = dict.fromkeys(self.unkept)
+        self._unplaced = dict.fromkeys(self.unkept)
         for sink, place in list(self._sinks.items()):
             sink.position = position
             if place is self._ahead:
@@ -165,6 +182,9 @@ class Hub:
             if message.seq <= self.seq:
                 self.restart("history-lost", message.seq - 1)
             self.seq, self.id = message.seq, message.id
+            for channel in self._unplaced:
+                self.unkept[channel] = message.seq
+            self._unplaced.clear()
         else:
             self._note_unkept(message.channel)
             for sink in self._held.get(message.channel, ()):
@@ -197,7 +217,10 @@ class Hub:
                 self.add(sink)
 
     def _note_unkept(self, channel: str) -> None:
-        if channel not in self.unkept:
-            self.unkept[channel] = None
-            if len(self.unkept) > MAX_UNKEPT:
-                del self.unkept[next(iter(self.unkept))]
+        self.unkept.pop(channel, None)
+        self.unkept[channel] = None
+        self._unplaced[channel] = None
+        if len(self.unkept) > MAX_UNKEPT:
+            oldest = next(iter(self.unkept))
+            del self.unkept[oldest]
+            self._unplaced.pop(oldest, None)

@@ -37,9 +37,6 @@ STREAMS = 200
 RETRY_SECONDS = 0.5
 # An id of an unknown span is looked up again at most this often.
 REOPEN_SECONDS = 1.0
-# Seconds between two looks for what is to be deleted, and pauses while there is more.
-TEND_SECONDS = 5.0
-PRUNE_PAUSE = 0.05
 
 
 class Stream(Sink, Protocol):
@@ -72,26 +69,23 @@ class Replay:
     Args:
         hub: Where they are when they are not.
         history: What brings them up to date.
-        seconds: How long an event is kept.
 
     """
 
-    def __init__(self, hub: Hub, history: History, seconds: float) -> None:
-        # Whether the broker keeps a history.
+    def __init__(self, hub: Hub, history: History) -> None:
+        # Whether the broker keeps a history, and whether it is connected.
         self.active = False
+        self.connected = False
 
         self._hub = hub
         self._history = history
-        # Seconds after which a stream that nothing came to is moved on.
-        self._stale = seconds / 8
         # What the history consists of; None until it has been asked for on this connection.
         self._spans: Spans | None = None
         self._opened_at = 0.0
-        # Where it ended when it was last read, and a while ago.
+        # Whether it is to be asked for again; until then what is known holds.
+        self._reopen = False
+        # Where it ended when it was last read.
         self._head: Cursor | None = None
-        self._mark = 0
-        self._marked_at = 0.0
-        self._connected = False
         # Which connection it is: what was read over another one joins to nothing.
         self._session = 0
         # How many places the next read is for, at most.
@@ -120,24 +114,25 @@ class Replay:
         if self._is_strange(cursor):
             # A span may have begun since. Many that come with what nobody knows must not ask the broker each.
             await asyncio.sleep(max(0.0, self._opened_at + REOPEN_SECONDS - _now()))
-            if self._is_strange(cursor):
-                self._spans = None
-        if self._spans is None:
+            self._reopen = self._reopen or self._is_strange(cursor)
+        if self._spans is None or self._reopen:
             await self._next_read()
-        if not self.active or self._spans is None:
+        if cursor and self.newest and cursor.seq > self.newest.seq:
+            await self._next_read()
+        if self._spans is None:
+            raise BrokerUnavailable("the history is being looked for")
+        if not self.active:
             return None
         if last_event_id == EARLIEST:
             return -1
         if cursor and cursor.token in self._spans:
-            if self.newest and cursor.seq > self.newest.seq:
-                await self._next_read()
-            known = self.newest and cursor.seq <= self.newest.seq and self._spans and self._spans.admits(cursor)
+            known = self.newest and cursor.seq <= self.newest.seq and self._spans.admits(cursor)
             return cursor.seq if known else None
         return await self._history.find(last_event_id, audible)
 
     async def refresh(self) -> None:
         """
-        Learn where the history ends, for a new stream whose channels have only now been subscribed to.
+        Learn where the history ends, such as for a new stream whose channels have only now been subscribed to.
 
         Raises:
             BrokerError: If the broker cannot be asked.
@@ -145,6 +140,11 @@ class Replay:
         """
         if self._spans is None or self.active:
             await self._next_read()
+
+    def look_again(self) -> None:
+        """See soon whether there is a history."""
+        self._reopen = True
+        self._work.set()
 
     @property
     def newest(self) -> Cursor | None:
@@ -156,9 +156,9 @@ class Replay:
 
     def admit(self, stream: Stream, *, behind: bool) -> None:
         """Let ``stream`` in, which has been opened and subscribed; one that is ``behind`` gets what it missed first."""
-        if behind:
-            self._tell_unkept(stream, "not-kept")
-        if behind or not self._connected or self._spans is None:
+        if behind and (missed := self._hub.missed_unkept(stream)):
+            stream.send(events.stream_reset("not-kept", missed))
+        if behind or not self.connected or self._spans is None:
             self._hub.hold(stream)
             self._wait_for_turn(stream)
         else:
@@ -168,7 +168,7 @@ class Replay:
 
     def lost(self) -> None:
         """Hold all streams: until the connection is back, and they have what they missed, nothing is live."""
-        self._connected = False
+        self.connected = False
         self._session += 1
         self._answer(BrokerUnavailable("the connection was lost"))
         if self.active:
@@ -177,12 +177,14 @@ class Replay:
 
     def back(self, again: bool) -> None:
         """Go on: all channels are listened to. ``again`` says that there was a connection before this one."""
-        self._connected = True
+        self.connected = True
         self._spans = None
         if again and not self.active:
             self._hub.reset("broker-reconnect")
+        # There may have been more of those that no history keeps.
         for stream in self._behind:
-            self._tell_unkept(stream, "broker-reconnect")
+            if missed := tuple(channel for channel in stream.audible if channel in self._hub.unkept):
+                stream.send(events.stream_reset("broker-reconnect", missed))
         self._work.set()
 
     # The work.
@@ -192,9 +194,9 @@ class Replay:
         while True:
             await self._work.wait()
             self._work.clear()
-            while self._connected and (self._spans is None or self._behind or self._asking):
+            while self.connected and (self._spans is None or self._reopen or self._behind or self._asking):
                 try:
-                    await (self._open() if self._spans is None else self._turn())
+                    await (self._open() if self._spans is None or self._reopen else self._turn())
                 except BrokerError as exc:
                     log.warning("the history cannot be read, next try in %.1f s: %s", RETRY_SECONDS, exc)
                     self._answer(exc)
@@ -202,39 +204,12 @@ class Replay:
                     await asyncio.sleep(RETRY_SECONDS)
             self._places = FIRST_PLACES
 
-    async def tend(self) -> None:
-        """Delete what is too old or too much, and let no stream's place grow old, for ever. Cancel it to end."""
-        while True:
-            await asyncio.sleep(min(TEND_SECONDS, self._stale))
-            if self._connected and not self.active:
-                self._spans = None  # it may have been set up meanwhile
-                self._work.set()
-            elif self._connected:
-                try:
-                    await self._next_read()
-                except BrokerError:
-                    continue  # which `run` has logged
-                self._move_on()
-                try:
-                    while self._connected and self.active and await self._history.prune():
-                        await asyncio.sleep(PRUNE_PAUSE)
-                except BrokerError as exc:
-                    log.warning("old events cannot be deleted: %s", exc)
-
-    def _move_on(self) -> None:
-        """Read for the streams if nothing has come for long: where they are would be pruned, though they miss nothing."""
-        if _now() - self._marked_at >= self._stale and self._head:
-            if self._hub.seq < self._mark:
-                self._behind.update(dict.fromkeys(cast("list[Stream]", self._hub.hold_all())))
-                self._work.set()
-            self._mark, self._marked_at = self._head.seq, _now()
-
     async def _open(self) -> None:
-        begun = self._state()
+        begun = self.state()
         opened = await self._history.open()
-        if begun != self._state():
+        if begun != self.state():
             return
-        self._opened_at = _now()
+        self._opened_at, self._reopen = _now(), False
         if opened is None:
             self._do_without()
             return
@@ -265,7 +240,7 @@ class Replay:
         """Read once, and give every stream that it was for what it gets."""
         asked = len(self._asking)
         streams, places = self._choose()
-        read, begun = None, self._state()
+        read, begun = None, self.state()
         try:
             read = await self._read(streams, places)
         except BrokerRefused as exc:
@@ -274,9 +249,9 @@ class Replay:
             # What one stream asks for must not keep the others from theirs.
             log.warning("the history cannot be read for %d streams: %s", len(streams), exc)
             self._alone = max(self._alone, len(streams))
-            if len(streams) == 1 and begun == self._state():
+            if len(streams) == 1 and begun == self.state():
                 self._give_up(streams[0])
-        if read is None or begun != self._state():
+        if read is None or begun != self.state():
             self._start_over()
             return
         self._head = read.head
@@ -289,7 +264,10 @@ class Replay:
         recorded = self._hub.record(channel for channel, _ in places)
         share = len(places) or 1
         size = min(PAGE_BYTES, READ_BYTES // share)
-        pages, head = await self._history.read(places, max(5, EVENTS // share), size)
+        # One stream on many channels gets their events in order, so all can share the room; of many streams none may
+        # wait until another one has all.
+        total = READ_BYTES if len(streams) == 1 else 8 * READ_BYTES
+        pages, head = await self._history.read(places, max(5, EVENTS // share), size, total)
         if head is None:
             return None
         read = sum(len(row.payload) for page in pages for row in page.rows)
@@ -314,7 +292,7 @@ class Replay:
             if number % STREAMS == 0:
                 await asyncio.sleep(0)
                 parts.clear()  # more may have been recorded
-                if begun != self._state():
+                if begun != self.state():
                     return
 
     def _start_over(self) -> None:
@@ -322,18 +300,22 @@ class Replay:
         self._spans = None
         self._hub.record(())
 
-    def _state(self) -> tuple[bool, int, int]:
-        return self._connected, self._session, self._hub.epoch
+    def state(self) -> tuple[bool, int, int]:
+        """Return what is another when something was lost meanwhile."""
+        return self.connected, self._session, self._hub.epoch
 
     def _choose(self) -> tuple[list[Stream], list[_Place]]:
         """Take as many streams as one read can serve, and return them with the places to read at."""
         streams: list[Stream] = []
         places: dict[_Place, None] = {}
+        room = self._places
         for stream in list(self._behind):
-            wanted = [(channel, stream.position) for channel in stream.audible]
+            wanted = places_of(stream)
             if stream not in self._hub:
                 del self._behind[stream]
-            elif not places or len(places) + sum(place not in places for place in wanted) <= self._places:
+            elif not places or len(places) + sum(place not in places for place in wanted) <= room:
+                # One on many channels is read for alone, or with those at the same places.
+                room = len(wanted) if len(wanted) > FIRST_PLACES and not places else room
                 places.update(dict.fromkeys(wanted))
                 streams.append(stream)
                 if self._alone:
@@ -342,8 +324,9 @@ class Replay:
         return streams, list(places)
 
     def _give(self, stream: Stream, given: Part) -> None:
-        if gaps := tuple(name for name, through in given.gaps.items() if through > stream.told.get(name, 0)):
-            stream.told |= given.gaps
+        gaps = tuple(name for name, through in given.gaps.items() if through > stream.told.get(name, -1))
+        stream.told |= given.gaps
+        if gaps and stream.position >= 0:  # one that takes what there is misses nothing
             stream.send(events.stream_reset("pruned-id", gaps))
         if given.data:
             stream.send(given.data)
@@ -370,15 +353,10 @@ class Replay:
     def _is_strange(self, cursor: Cursor | None) -> bool:
         return cursor is not None and self._spans is not None and self.active and cursor.token not in self._spans
 
-    def _tell_unkept(self, stream: Stream, reason: str) -> None:
-        unkept = tuple(channel for channel in stream.audible if channel in self._hub.unkept)
-        if unkept:
-            stream.send(events.stream_reset(reason, unkept))
-
     def _next_read(self) -> asyncio.Future[None]:
         """Return what resolves when a read that begins after this call is there."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._connected:
+        if self.connected:
             self._asking.append(future)
             self._work.set()
         else:
@@ -394,6 +372,11 @@ def _resolve(asking: list[asyncio.Future[None]], error: BrokerError | None = Non
     for future in asking:
         if not future.done():
             future.set_exception(error) if error else future.set_result(None)
+
+
+def places_of(stream: Sink, least: int = -1) -> list[_Place]:
+    """Return where to read for ``stream``, which has all up to ``least``."""
+    return [(channel, max(stream.position, least)) for channel in stream.audible]
 
 
 def _now() -> float:

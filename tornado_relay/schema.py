@@ -54,6 +54,11 @@ def install(url: str) -> Iterator[str]:
     try:
         with connection, connection.cursor() as cursor:
             cursor.execute("SET LOCAL standard_conforming_strings = on")
+            if connection.get_parameter_status("server_encoding") == "SQL_ASCII":
+                raise BrokerError(
+                    "the database's encoding is SQL_ASCII, which lets in text that no one can read back; "
+                    "use one that was created with ENCODING 'UTF8'"
+                )
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
             found = _installed(cursor)
             newest = versions()[-1][0]

@@ -21,6 +21,7 @@ from .hub import Hub
 from .replay import Replay
 from .settings import Settings
 from .subscriber import Subscriber
+from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +86,11 @@ class Worker:
         replay, working = None, set[asyncio.Task[None]]()
         if self.hub.history:
             seconds = self.settings.history_seconds
-            replay = Replay(self.hub, listener.history(self.settings.history, seconds), seconds)
+            history = listener.history(self.settings.history, seconds)
+            replay = Replay(self.hub, history)
+            upkeep = Upkeep(self.hub, history, replay, seconds)
             self.reader = Reader(listener, replay.back, replay.lost)
-            working |= {asyncio.create_task(replay.run()), asyncio.create_task(replay.tend())}
+            working |= {asyncio.create_task(replay.run()), asyncio.create_task(upkeep.run())}
         else:
             self.reader = Reader(listener, self._back, lambda: None)
         self.relay = Relay(self.settings, self.hub, self.reader, replay)

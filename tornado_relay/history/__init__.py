@@ -20,12 +20,14 @@ class History(Protocol):
     async def find(self, own_id: str, channels: tuple[str, ...]) -> int | None:
         """Return the number of the one event on ``channels`` with this id of its publisher's own; None if there is not one."""
 
-    async def read(self, places: list[tuple[str, int]], limit: int, size: int) -> tuple[list[Page], Cursor | None]:
+    async def read(
+        self, places: list[tuple[str, int]], limit: int, size: int, total: int
+    ) -> tuple[list[Page], Cursor | None]:
         """
         Return a page for each (channel, number), and where the history ended then.
 
-        A page has at most ``limit`` events, and with all but the last of them less than ``size`` bytes.
-
+        A page has at most ``limit`` events, and with all but the last of them less than ``size`` bytes. All
+        pages together have less than ``total`` bytes with all but the last, in the order of the events' numbers.
         All of it is of one moment. There is no end where the broker has forgotten that it keeps a history.
         """
 

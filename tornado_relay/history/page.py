@@ -25,15 +25,15 @@ class Page(NamedTuple):
     """The events of one channel behind a place."""
 
     rows: list[Row]
-    complete: bool
-    """Whether there are no more."""
+    end: int | None
+    """Up to where it has all, or None if there are no more."""
     through: int
     """Up to where events of this channel have been, or may have been, deleted."""
 
     def framed(self) -> FramedPage:
         """Return the page with its events as they go to a socket."""
         frames = [(row.seq, events.frame(row.payload, row.id)) for row in self.rows]
-        return FramedPage(frames, self.complete, self.through)
+        return FramedPage(frames, self.end, self.through)
 
 
 Frames = list[tuple[int, bytes]]
@@ -44,7 +44,7 @@ class FramedPage(NamedTuple):
     """A `Page` of frames."""
 
     frames: Frames
-    complete: bool
+    end: int | None
     through: int
 
 
@@ -57,7 +57,7 @@ class Part(NamedTuple):
     complete: bool
     """Whether it has all then."""
     gaps: dict[str, int]
-    """The channels on which events behind its place have been deleted, and up to where."""
+    """The channels on which events behind its place have been deleted, or may have been, and up to where."""
 
 
 def part(position: int, pages: Mapping[str, FramedPage], tails: Sequence[Frames], head: Cursor) -> Part:
@@ -71,9 +71,9 @@ def part(position: int, pages: Mapping[str, FramedPage], tails: Sequence[Frames]
         head: Where the history ended when they were read.
 
     """
-    gaps = {channel: page.through for channel, page in pages.items() if 0 <= position < page.through}
+    gaps = {channel: page.through for channel, page in pages.items() if position < page.through}
     # Across channels a stream gets events in their order, so no further than the first page that was cut short.
-    end = min((page.frames[-1][0] for page in pages.values() if not page.complete), default=None)
+    end = min((page.end for page in pages.values() if page.end is not None), default=None)
     # A stream gets no more at a time than a page, on however many channels it is.
     taken: Frames = []
     size = 0

@@ -20,7 +20,8 @@ _SPANS = "SELECT token, first_id FROM sse_relay.span ORDER BY n"
 _FIND = "SELECT id, own_id_again FROM sse_relay.event WHERE channel = ANY(%s) AND own_id = %s ORDER BY id DESC LIMIT 2"
 # One statement, so all of it is of one snapshot. A channel without events gives a row all the same.
 _READ = """
-SELECT w.n, greatest(s.pruned_through, p.through), h.token, h.id, e.found, e.id, e.token, e.payload
+SELECT w.n, greatest(s.pruned_through, p.through), h.token, h.id, e.found, e.id, e.token,
+    CASE WHEN sum(e.bytes) OVER (ORDER BY e.id, w.n) - e.bytes < %(total)s THEN e.payload END
 FROM sse_relay.head() h CROSS JOIN sse_relay.state s
 LEFT JOIN unnest(%(channels)s::text[], %(after)s::bigint[]) WITH ORDINALITY w (channel, after, n) ON true
 LEFT JOIN sse_relay.pruned p ON p.channel = w.channel
@@ -72,22 +73,31 @@ class PostgresHistory:
         rows = await self._query(_FIND, (list(channels), own_id)) if "\0" not in own_id else []
         return rows[0][0] if len(rows) == 1 and not rows[0][1] else None
 
-    async def read(self, places: list[tuple[str, int]], limit: int, size: int) -> tuple[list[Page], Cursor | None]:
+    async def read(
+        self, places: list[tuple[str, int]], limit: int, size: int, total: int
+    ) -> tuple[list[Page], Cursor | None]:
         """See `History`."""
         channels, after = [channel for channel, _ in places], [seq for _, seq in places]
-        arguments = {"channels": channels, "after": after, "limit": limit, "bytes": size}
+        arguments = {"channels": channels, "after": after, "limit": limit, "bytes": size, "total": total}
         answer = await self._query(_READ, arguments)
         rows: list[list[Row]] = [[] for _ in places]
         through, found = [0] * len(places), [0] * len(places)
+        # The first events for whose payload there was no room.
+        left: dict[int, int] = {}
         for n, pruned, _, _, number, seq, token, payload in answer:
             if n is not None:
                 through[n - 1] = pruned
-                if seq is not None:
-                    rows[n - 1].append(Row(seq, str(Cursor(token, seq)), payload))
-                    found[n - 1] = number
-        pages = [
-            Page(page, len(page) == number < limit, gap) for page, number, gap in zip(rows, found, through, strict=True)
-        ]
+            if payload is not None:
+                rows[n - 1].append(Row(seq, str(Cursor(token, seq)), payload))
+                found[n - 1] = number
+            elif seq is not None:
+                left.setdefault(n - 1, seq)
+        pages = []
+        for n, page in enumerate(rows):
+            end = left[n] - 1 if n in left else None
+            if end is None and not len(page) == found[n] < limit:
+                end = page[-1].seq
+            pages.append(Page(page, end, through[n]))
         return pages, Cursor(*answer[0][2:4])
 
     async def prune(self) -> bool:

@@ -51,7 +51,6 @@ class RedisHistory:
         """See `History`."""
         await self._check_memory()
         token, last, spans = await self._call(self._open)
-        await self._lapse()
         pairs = zip(spans[::2], spans[1::2], strict=True)
         return Cursor(token.decode(), int(last)), Spans((name.decode(), int(first)) for name, first in pairs)
 
@@ -63,10 +62,12 @@ class RedisHistory:
                 found += [int(first)] if again is None else [0, 0]
         return found[0] if len(found) == 1 else None
 
-    async def read(self, places: list[tuple[str, int]], limit: int, size: int) -> tuple[list[Page], Cursor | None]:
+    async def read(
+        self, places: list[tuple[str, int]], limit: int, size: int, total: int
+    ) -> tuple[list[Page], Cursor | None]:
         """See `History`."""
         keys = [scripts.STATE, *(scripts.events_key(channel) for channel, _ in places)]
-        arguments = (limit, size, *(max(0, seq) for _, seq in places))
+        arguments = (limit, size, total, *(max(0, seq) for _, seq in places))
         reply = await self._call(self._client.eval, self._read_script, len(keys), *keys, *arguments)
         if not reply:
             return [], None
@@ -74,10 +75,10 @@ class RedisHistory:
         pages = [
             Page(
                 [Row(int(seq), f"{tag.decode()}-{seq.decode()}", _text(payload)) for seq, tag, payload in rows],
-                not more,
+                int(end) if end else None,
                 int(gone),
             )
-            for more, gone, rows in found
+            for end, gone, rows in found
         ]
         return pages, Cursor(token.decode(), int(last))
 

@@ -1,8 +1,8 @@
--- Returns token and number of the history's end, up to where events without a stream may have gone, and for each
--- channel a page: whether there is more, up to where events have gone, and number, token and payload of each event.
+-- Returns token and number of the history's end, and for each channel a page: up to where it has all, or nothing if
+-- there are no more; up to where events have gone; and number, token and payload of each event.
 --
--- KEYS: the history's state, then the channels' events. ARGV: events of a page, bytes of a page, then the numbers to
--- read behind.
+-- KEYS: the history's state, then the channels' events. ARGV: events of a page, bytes of a page, bytes of all pages,
+-- then the numbers to read behind. Bytes are without the last event; all pages share theirs in the order of numbers.
 
 local token, last, since, seconds = unpack(redis.call('HMGET', KEYS[1], 'token', 'seq', 'since', 'seconds'))
 if not token then
@@ -12,16 +12,19 @@ local now = redis.call('TIME')
 local time = now[1] * 1000000 + now[2]
 -- Numbers are times, and what is behind an old one may have gone. So the end moves on, even if nothing is published.
 if time - last > seconds * 125000 then
-    last = string.format('%.0f', time)
-    redis.call('HSET', KEYS[1], 'seq', last)
+    -- Not where writing is refused, for want of memory or after a failed save: what is there can be read all the same.
+    if type(redis.pcall('HSET', KEYS[1], 'seq', string.format('%.0f', time))) == 'number' then
+        last = string.format('%.0f', time)
+    end
 end
 local function kept_from(moment)
     return math.max(tonumber(since), moment - seconds * 1000000)
 end
-local pages = {}
+local pages, all = {}, {}
 for n = 2, #KEYS do
-    local limit, room, after = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[n + 1]
-    local rows, gone, more, from, count = {}, 0, false, '(' .. after, 1
+    local limit, room, after = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[n + 2]
+    local page, gone, more, from, count = {'', '0', {}}, 0, false, '(' .. after, 1
+    local rows = page[3]
     repeat
         -- Events may have 1 MiB each: first one, then about as many of its size as there is room for.
         local found = redis.call('XRANGE', KEYS[n], from, '+', 'COUNT', count)
@@ -32,9 +35,11 @@ for n = 2, #KEYS do
                 gone = before == '0' and kept_from(tonumber(seq)) or tonumber(before)
             end
             rows[#rows + 1] = {seq, tag, payload}
+            all[#all + 1] = {tonumber(seq), #payload, page, #rows}
             limit, room, from = limit - 1, room - #payload, '(' .. entry[1]
             if limit <= 0 or room <= 0 then
                 more = true
+                page[1] = seq
                 break
             end
         end
@@ -44,6 +49,19 @@ for n = 2, #KEYS do
         gone = kept_from(time)
     end
     -- Behind the history's end nothing has been.
-    pages[#pages + 1] = {more and 1 or 0, string.format('%.0f', math.min(gone, tonumber(last))), rows}
+    page[2] = string.format('%.0f', math.min(gone, tonumber(last)))
+    pages[#pages + 1] = page
+end
+local room = tonumber(ARGV[3])
+table.sort(all, function(a, b) return a[1] < b[1] end)
+for _, each in ipairs(all) do
+    local seq, size, page, number = unpack(each)
+    if room <= 0 and #page[3] >= number then
+        page[1] = string.format('%.0f', seq - 1)
+        for extra = #page[3], number, -1 do
+            page[3][extra] = nil
+        end
+    end
+    room = room - size
 end
 return {token, last, pages}

@@ -90,6 +90,17 @@ BEGIN
     RETURN newest.token;
 END $$;
 
+-- What an operator truncates is gone up to the last id that was drawn.
+CREATE FUNCTION sse_relay.truncated() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE sse_relay.state s SET pruned_through =
+        greatest(s.pruned_through, (SELECT q.last_value FROM sse_relay.event_id q WHERE q.is_called));
+    RETURN NULL;
+END $$;
+CREATE TRIGGER truncated AFTER TRUNCATE ON sse_relay.event
+    FOR EACH STATEMENT EXECUTE FUNCTION sse_relay.truncated();
+
 -- Returns where the history ends now.
 CREATE FUNCTION sse_relay.head() RETURNS TABLE (token text, id bigint)
 LANGUAGE sql STABLE ROWS 1 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
