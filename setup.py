@@ -17,6 +17,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["postgres"],
     *EXTRAS["redis"],
+    *EXTRAS["jwt"],
     *EXTRAS["django"],
     *EXTRAS["embedded"],
     "httpx>=0.27",

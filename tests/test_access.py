@@ -25,6 +25,7 @@ def test_open_relay_admits_every_page_without_credentials(allowed):
     """A browser takes no wildcard together with credentials, so none are offered."""
     origins = Origins(allowed)
     assert origins.admits("https://anything.example")
+    assert not origins.admits("null")
     assert origins.headers("https://anything.example") == {"Access-Control-Allow-Origin": "*"}
 
 

@@ -223,6 +223,7 @@ class TestCheck:
             DATABASE_URL=postgres_server.url,
             REDIS_URL="redis://127.0.0.1:1/0?password=hush",
             RELAY_USE_PG="yes",
+            RELAY_JWT_SECRET="hush" * 10,
         )
         password = re.search(":([^:@]+)@", postgres_server.url)[1]
         assert password not in done.stdout + done.stderr

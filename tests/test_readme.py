@@ -103,10 +103,16 @@ def test_commands(redis_server, kept_postgres, relay_on_redis, tmp_path, pages):
     relay = relay_on_redis
     lines = [line.partition(" #")[0].strip() for line in block("sh", "sse-relay-server listen").splitlines()]
     assert lines[0] == "sse-relay-server"
-    assert lines[2:] == [f"sse-relay-server {what}" for what in ("listen orders", "check", "init-db", "--help")]
+    told = ("listen orders", "check", "token orders 'user-7-*' --ttl 600", "init-db", "--help")
+    assert lines[2:] == [f"sse-relay-server {what}" for what in told]
     (page,) = pages.open(relay.port, ["/channel=orders"])
     folder = str(Path(COMMAND).parent)
-    env = environment(**redis_server.environment, DATABASE_URL=kept_postgres.url, PATH=f"{folder}:{os.environ['PATH']}")
+    env = environment(
+        **redis_server.environment,
+        DATABASE_URL=kept_postgres.url,
+        RELAY_JWT_SECRET="s" * 40,
+        PATH=f"{folder}:{os.environ['PATH']}",
+    )
     subprocess.run(lines[1], shell=True, check=True, env=env, cwd=tmp_path)
     pages.until(lambda: page.events, "the event")
     assert (page.events[0].event, page.data) == ("NEW_ORDER", ["hello"])
@@ -138,6 +144,24 @@ def test_history_is_set_up_as_shown(postgres_server, tmp_path, pages):
         (page,) = pages.open(relay.port, [path])
         pages.until(lambda: page.events, "what was published before the page connected")
         assert (page.events[0].event, page.data) == ("NEW_ORDER", ["hello"])
+
+
+def test_page_whose_token_names_its_channels(redis_server, tmp_path, pages):
+    """The view's cookie opens a stream on the user's own channels, and on no others."""
+    (tmp_path / "streams.py").write_text(block("python", "streams.py"))
+    code = (
+        "from django.conf import settings; settings.configure(); import streams;"
+        "from types import SimpleNamespace as N; print(streams.page(N(user=N(pk=7))).cookies['relay_token'].value)"
+    )
+    env = environment(RELAY_JWT_SECRET="s" * 40)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    cookie = {"Cookie": f"relay_token={shown.stdout.strip()}"}
+    environ = redis_server.environment | {"RELAY_JWT_SECRET": "s" * 40}
+    with Relay(tmp_path, "--workers", "1", **environ) as relay:
+        paths = ["/events?channel=orders&channel=user-7&channel=news-sport", "/channel=user-8"]
+        assert [page.status for page in pages.open(relay.port, paths, cookie)] == [200, 403]
 
 
 def test_every_reason_of_a_stream_reset_is_explained():

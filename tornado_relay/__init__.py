@@ -1,8 +1,9 @@
 """
 A real-time relay: events from PostgreSQL or Redis to browsers, as Server-Sent Events.
 
-``notify()`` is what an application needs, and ``current_event_id()`` where a page is to miss nothing. Importing this package starts nothing, reads no environment
-and loads no Tornado.
+``notify()`` is what an application needs, ``current_event_id()`` where a page is to miss nothing, and
+``subscribe_token()`` where not everybody may listen. Importing this package starts nothing, reads no environment and
+loads no Tornado.
 """
 
 from .errors import (
@@ -14,8 +15,10 @@ from .errors import (
     PayloadTooLarge,
     RelayError,
     SettingsError,
+    TokenError,
 )
 from .publish import current_event_id, notify
+from .tokens import subscribe_token
 
 __version__ = "2.0.0.dev0"
 
@@ -28,7 +31,9 @@ __all__ = [
     "PayloadTooLarge",
     "RelayError",
     "SettingsError",
+    "TokenError",
     "__version__",
     "current_event_id",
     "notify",
+    "subscribe_token",
 ]

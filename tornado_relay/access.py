@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 # What a preflight may ask for: EventSource sends the first, clients built on fetch() send the others too.
 ALLOWED_HEADERS = "Last-Event-ID, Cache-Control, Authorization"
@@ -27,7 +27,8 @@ class Origins:
 
     def admits(self, origin: str | None) -> bool:
         """Whether a request with this ``Origin`` header (None: without one, so from no other page) may go on."""
-        return self.any or origin is None or origin in self._allowed
+        # Sandboxed frames, files and redirects of other sites are "null", all alike.
+        return origin is None or (origin != "null" and (self.any or origin in self._allowed))
 
     def headers(self, origin: str | None) -> dict[str, str]:
         """Return the CORS headers of the answer to a request that `admits` let in."""
@@ -49,3 +50,27 @@ def preflight() -> dict[str, str]:
         "Access-Control-Allow-Headers": ALLOWED_HEADERS,
         "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
     }
+
+
+class Grant:
+    """
+    The channels that somebody may listen to, and until when.
+
+    Args:
+        patterns: Names of channels; one that ends in ``*`` stands for all that begin with the rest of it.
+        expires_at: Unix time at which the grant ends; None if it does not.
+
+    """
+
+    def __init__(self, patterns: Iterable[str], expires_at: float | None = None) -> None:
+        self.expires_at = expires_at
+        self._names = frozenset(patterns)
+        self._prefixes = tuple(pattern[:-1] for pattern in self._names if pattern.endswith("*"))
+
+    def allows(self, channel: str) -> bool:
+        """Whether it covers ``channel``, which is a name: a ``*`` in it stands for itself."""
+        return channel in self._names or channel.startswith(self._prefixes)
+
+
+EVERYBODY = Grant(["*"])
+"""The grant of a relay that is open to all."""

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import re
 import resource
 import signal
 import socket
@@ -16,7 +17,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from . import __version__, channels, embedded, events, eventsource, findings, logs, schema, settings, sockets, systemd
+from . import (
+    __version__,
+    channels,
+    embedded,
+    events,
+    eventsource,
+    findings,
+    logs,
+    schema,
+    settings,
+    sockets,
+    systemd,
+    tokens,
+)
 from .errors import RelayError, SettingsError
 from .publish import open_publisher
 from .settings import FIELDS, Settings
@@ -55,6 +69,8 @@ def _run(command: str | None, options: dict[str, Any], load: Callable[[], Settin
         return _listen(load(), options["target"])
     if command == "check":
         return _check(load)
+    if command == "token":
+        return _token(load(), **options)
     if command == "init-db":
         return _init_db(load, print_sql=bool(options["print_sql"]))
     return _serve(load, env_file)
@@ -76,7 +92,7 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
             if database_url:
                 loaded = dataclasses.replace(loaded, database_url=database_url, listen_database_url="", redis_url="")
             _require_broker(loaded)
-            worker.check_broker(loaded)
+            worker.check_settings(loaded)
             return loaded
 
         def reload() -> Settings:
@@ -86,6 +102,8 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
 
         current = complete(current)
         _warn_if_open(current)
+        if 0 < len(current.jwt_secret.encode()) < tokens.MIN_SECRET_BYTES:
+            log.warning("RELAY_JWT_SECRET can be guessed: it has less than %d bytes", tokens.MIN_SECRET_BYTES)
         _raise_descriptor_limit()
         listeners = (
             sockets.bind_unix(current.unix_socket, current.worker_count)
@@ -111,6 +129,17 @@ def _notify(current: Settings, channel: str, event: str) -> int:
     text = events.serialize(payload)
     channels.check(channel)
     open_publisher(*_require_broker(current)).publish(channel, text, events.own_id(payload))
+    return 0
+
+
+def _token(current: Settings, channel: list[str], ttl: float, private_key: str | None) -> int:
+    try:
+        key = Path(private_key).read_text() if private_key else current.jwt_secret
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"--private-key: {private_key} cannot be read: {exc}") from exc
+    if not key:
+        raise SettingsError("RELAY_JWT_SECRET is not set; set it to the relay's, or give --private-key")
+    print(tokens.subscribe_token(channel, ttl, key=key))
     return 0
 
 
@@ -206,7 +235,8 @@ def _require_broker(current: Settings) -> tuple[str, str]:
 def _warn_if_open(current: Settings) -> None:
     if current.debug:
         return
-    log.warning("no authentication: whoever reaches this relay can listen to any channel")
+    if not tokens.keys_of(current):
+        log.warning("no authentication: whoever reaches this relay can listen to any channel; see RELAY_JWT_SECRET")
     if not current.allowed_origins:
         log.warning("ALLOWED_ORIGINS is empty: the pages of any site may connect")
 
@@ -267,10 +297,20 @@ def _parser() -> argparse.ArgumentParser:
         "target", metavar="URL-or-CHANNEL", help="a stream's URL, or a channel of the relay on this machine"
     )
     command("check", "show the settings, send an event through each broker, and exit with 1 if anything fails")
+    token = command("token", "print a token for streams on these channels, signed with RELAY_JWT_SECRET")
+    token.add_argument("channel", metavar="CHANNEL", nargs="+", help="a name, or the beginning of names and a *")
+    token.add_argument("--ttl", metavar="SECONDS", type=_positive, default=3600.0, help="until it ends; default 3600")
+    token.add_argument("--private-key", metavar="PATH", help="sign with the private key in this PEM file")
     init = command("init-db", "set up, or bring up to date, the history of events in PostgreSQL (RELAY_HISTORY)")
-    parser.command_flags = ("--print-sql",)
-    init.add_argument(*parser.command_flags, action="store_true", help="print the SQL for psql, and connect to nothing")
+    parser.command_flags = ("--print-sql", "--ttl", "--private-key")
+    init.add_argument("--print-sql", action="store_true", help="print the SQL for psql, and connect to nothing")
     return parser
+
+
+def _positive(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) or not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, more than 0")
+    return float(text)
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:

@@ -5,6 +5,7 @@ RelayError
 ├── ChannelError         a channel name that cannot be used
 ├── EventError           an event that cannot be sent as Server-Sent Events
 │   └── PayloadTooLarge  an event over the broker's limit
+├── TokenError           a token that lets nobody in
 └── BrokerError          PostgreSQL or Redis
     ├── BrokerUnavailable  cannot be reached now; trying again can help
     └── BrokerRefused      reached, but it will not have us: password, database, permission
@@ -31,6 +32,10 @@ class EventError(RelayError, ValueError):
 
 class PayloadTooLarge(EventError):
     """An event is larger than the broker takes; the text gives the limit and the size in bytes."""
+
+
+class TokenError(RelayError):
+    """A token is not one, is of another key, or has run out; the text says which, and nothing of the token."""
 
 
 class BrokerError(RelayError):

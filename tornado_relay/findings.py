@@ -29,10 +29,10 @@ def of_settings(settings: Settings) -> Iterator[str]:
     """Yield a line for each setting, without passwords."""
     for field in FIELDS:
         value = getattr(settings, field.name)
-        if field.metadata.get("secret") and value:
-            value = _without_password(value)
+        if value and (field.metadata.get("secret") or "\n" in str(value)):
+            value = _without_password(value) if field.name.endswith("url") else "(set)"
         elif isinstance(value, tuple):
-            value = ",".join(value)
+            value = ",".join(map(str, value))
         yield f"{field.metadata['variable']}={value}"
 
 

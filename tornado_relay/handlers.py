@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import logging
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from tornado.iostream import StreamClosedError
 from tornado.web import Application, HTTPError, RequestHandler
 
 from . import __version__, access, channels, events
+from .access import EVERYBODY, Grant
 from .brokers.reader import Reader
-from .errors import BrokerError, BrokerUnavailable, ChannelError
+from .errors import BrokerError, BrokerUnavailable, ChannelError, TokenError
 from .hub import Hub
 from .replay import Replay
 from .settings import Settings
 from .subscriber import Subscriber
+from .tokens import keys_of
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class Relay:
         # None where no history is to be used.
         self.replay = replay
         self.origins = access.Origins(settings.allowed_origins)
+        # Without any, the relay is open to all.
+        self.keys = keys_of(settings)
         # Set at the start of a drain: no stream is opened from then on.
         self.draining = False
         self._heads: dict[str | None, bytes] = {}
@@ -111,11 +116,14 @@ class RelayHandler(RequestHandler):
         told = error.log_message % error.args if isinstance(error, HTTPError) and error.log_message else self._reason
         if status_code == 405:
             self.set_header("Allow", access.ALLOWED_METHODS)
+        elif status_code == 401:
+            self.set_header("WWW-Authenticate", "Bearer")
         self.finish(f"{told}\n")
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         if not isinstance(value, HTTPError):
-            super().log_exception(typ, value, tb)
+            # Tornado would log the whole address, with the token in it.
+            log.error("%s %s failed", self.request.method, self.request.path, exc_info=(typ, value, tb))
         else:
             log.debug("%d %s %s: %s", value.status_code, self.request.method, self.request.path, value.log_message)
 
@@ -176,15 +184,15 @@ class StreamHandler(RelayHandler):
     async def get(self, path_channel: str | None = None) -> None:
         relay, loop = self.relay, IOLoop.current()
         wanted = self._channels(path_channel)
+        grant = self._grant(wanted)
         if relay.draining or relay.reader.trouble:
             await self._refuse_softly(relay.reader.trouble or "the worker is draining")
             return
-        lifetime = relay.settings.max_stream_seconds
         subscriber = Subscriber(
             wanted,
-            relay.reader.audible(wanted),
+            tuple(name for name in relay.reader.audible(wanted) if name in wanted or grant.allows(name)),
             address=self.request.remote_ip or "unix socket",
-            ends_at=loop.time() + lifetime * random.uniform(0.8, 1.0) if lifetime else None,
+            ends_at=self._end(grant),
             on_close=self._closed,
         )
         try:
@@ -225,6 +233,35 @@ class StreamHandler(RelayHandler):
         else:
             relay.hub.add(subscriber)
 
+    def _grant(self, wanted: tuple[str, ...]) -> Grant:
+        """Return what the client may listen to, if that is all that it asks for."""
+        if not self.relay.keys:
+            return EVERYBODY
+        kind, _, bearer = self.request.headers.get("Authorization", "").partition(" ")
+        bearer = bearer.strip() if kind.lower() == "bearer" else ""
+        # The first that is there counts, and no other is tried in its place.
+        token = self.get_cookie("relay_token") or bearer or self.get_query_argument("token", "")
+        if not token:
+            raise HTTPError(
+                401, log_message="no token; send one as cookie relay_token, Authorization: Bearer, or ?token="
+            )
+        try:
+            grant = self.relay.keys.grant(token)
+        except TokenError as exc:
+            raise HTTPError(401, "%s", exc) from exc
+        for name in wanted:
+            if not grant.allows(name):
+                raise HTTPError(403, "the token does not cover the channel %s", name)
+        return grant
+
+    def _end(self, grant: Grant) -> float | None:
+        """Return the loop's time at which the stream is to end, if it has to."""
+        now, lifetime = IOLoop.current().time(), self.relay.settings.max_stream_seconds
+        ends = [now + lifetime * random.uniform(0.8, 1.0)] if lifetime else []
+        if grant.expires_at is not None:
+            ends.append(now + grant.expires_at - time.time())
+        return min(ends, default=None)
+
     @property
     def _last_event_id(self) -> str:
         """What the browser had last: the header, which it sends when it reconnects, is newer than the address."""
@@ -246,7 +283,7 @@ class StreamHandler(RelayHandler):
         return last
 
     async def head(self, path_channel: str | None = None) -> None:
-        self._channels(path_channel)
+        self._grant(self._channels(path_channel))
         if trouble := self.relay.reader.trouble:
             await self._refuse_softly(trouble)
             return

@@ -15,23 +15,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from . import values
 from .errors import SettingsError
 
 TRACE = 5
 LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
 
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "t": True, "y": True}
-_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False, "f": False, "n": False}
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
 COMING = (
     "RELAY_ADMIN_HOST",
     "RELAY_ADMIN_PORT",
-    "RELAY_JWT_SECRET",
-    "RELAY_JWT_PUBLIC_KEY",
     "RELAY_AUTH_URL",
     "RELAY_PUBLISH_TOKEN",
     "RELAY_MAX_CONNECTIONS",
@@ -40,75 +33,6 @@ COMING = (
     "RELAY_TRUSTED_PROXIES",
 )
 """Settings of a later version. Ignoring one could leave open what its user believes closed, so it is refused."""
-
-
-def _text(value: str) -> str:
-    return value
-
-
-def _boolean(value: str) -> bool:
-    if value.lower() not in _BOOLEANS:
-        raise ValueError("is not a boolean; use true or false (1/0, yes/no, on/off)")
-    return _BOOLEANS[value.lower()]
-
-
-def _number(low: int, high: int, unit: str) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not re.fullmatch("[0-9]{1,12}", value) or not low <= int(value) <= high:
-            raise ValueError(f"is not {unit}; give a whole number from {low} to {high}")
-        return int(value)
-
-    return parse
-
-
-def _seconds(low: float, high: float) -> Callable[[str], float]:
-    def parse(value: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not low <= float(value) <= high:
-            raise ValueError(f"is not a number of seconds from {low:g} to {high:g}")
-        return float(value)
-
-    return parse
-
-
-def _port(value: str) -> int:
-    try:
-        return _number(0, 65535, "a port")(value)
-    except ValueError:
-        hint = " (docker publishes a port with: docker run -p 8001:8001)" if ":" in value else ""
-        raise ValueError(f"is not a port; give one number from 1 to 65535, such as 8001{hint}") from None
-
-
-def _choice(*choices: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        for choice in choices:
-            if value.lower() == choice.lower():
-                return choice
-        raise ValueError(f"is not one of {', '.join(choices)}")
-
-    return parse
-
-
-def _origins(value: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_origin(text.strip()) for text in value.split(",") if text.strip()))
-
-
-def _origin(text: str) -> str:
-    """Return an origin as browsers send it (RFC 6454, section 6.2): lower case, without a default port."""
-    if text == "*":
-        return text
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        host, port, parts = "", None, urlsplit("")
-    rest = (parts.path.strip("/"), parts.query, parts.fragment, parts.username)
-    if parts.scheme not in _DEFAULT_PORTS or not host or "*" in host or any(rest):
-        raise ValueError(
-            f"holds {text!r}, which is not an origin; give scheme, host and port of the pages, "
-            "comma-separated, such as https://shop.example,http://localhost:8000"
-        )
-    host = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, _DEFAULT_PORTS[parts.scheme]) else "")
 
 
 def _setting(variable: str, default: Any, parse: Callable[[str], Any], meaning: str, **more: Any) -> Any:
@@ -123,70 +47,96 @@ def _setting(variable: str, default: Any, parse: Callable[[str], Any], meaning: 
 class Settings:
     """All settings of a relay. Each field's metadata holds its variable, flag, parser and meaning."""
 
-    host: str = _setting("RELAY_HTTP_HOST", "0.0.0.0", _text, "address to listen on")
-    port: int = _setting("RELAY_HTTP_PORT", 8001, _port, "TCP port to listen on; 0 takes a free one")
+    host: str = _setting("RELAY_HTTP_HOST", "0.0.0.0", values.text, "address to listen on")
+    port: int = _setting("RELAY_HTTP_PORT", 8001, values.port, "TCP port to listen on; 0 takes a free one")
     unix_socket: str = _setting(
-        "RELAY_UNIX_SOCKET", "", _text, "path of a Unix socket to listen on, in place of host and port"
+        "RELAY_UNIX_SOCKET", "", values.text, "path of a Unix socket to listen on, in place of host and port"
     )
     workers: int = _setting(
-        "RELAY_WORKERS", 0, _number(0, 1024, "a number of workers"), "worker processes; 0 is one per core"
+        "RELAY_WORKERS", 0, values.number(0, 1024, "a number of workers"), "worker processes; 0 is one per core"
     )
     redis_url: str = _setting(
-        "REDIS_URL", "", _text, "Redis, such as redis://localhost:6379/0; wins over DATABASE_URL", secret=True
+        "REDIS_URL", "", values.text, "Redis, such as redis://localhost:6379/0; wins over DATABASE_URL", secret=True
     )
     database_url: str = _setting(
-        "DATABASE_URL", "", _text, "PostgreSQL, such as postgresql://user:password@localhost:5432/database", secret=True
+        "DATABASE_URL",
+        "",
+        values.text,
+        "PostgreSQL, such as postgresql://user:password@localhost:5432/database",
+        secret=True,
     )
     listen_database_url: str = _setting(
         "RELAY_LISTEN_DATABASE_URL",
         "",
-        _text,
+        values.text,
         "PostgreSQL for the relay alone, where DATABASE_URL is a pooler",
         secret=True,
     )
-    use_pg: bool = _setting("RELAY_USE_PG", False, _boolean, "use PostgreSQL although REDIS_URL is set")
+    use_pg: bool = _setting("RELAY_USE_PG", False, values.boolean, "use PostgreSQL although REDIS_URL is set")
     embedded: bool = _setting(
-        "RELAY_EMBEDDED", False, _boolean, "run a PostgreSQL of the relay's own; needs the extra 'embedded'"
+        "RELAY_EMBEDDED", False, values.boolean, "run a PostgreSQL of the relay's own; needs the extra 'embedded'"
     )
-    embedded_dir: str = _setting("RELAY_EMBEDDED_DIR", "", _text, "folder for the data of that PostgreSQL")
+    embedded_dir: str = _setting("RELAY_EMBEDDED_DIR", "", values.text, "folder for the data of that PostgreSQL")
     allowed_origins: tuple[str, ...] = _setting(
         "ALLOWED_ORIGINS",
         (),
-        _origins,
+        values.origins,
         "comma-separated origins of the pages that may connect; empty is any, without cookies",
+    )
+    jwt_secret: str = _setting(
+        "RELAY_JWT_SECRET",
+        "",
+        values.text,
+        "secret of the JWTs that say who may listen (HS256, HS384, HS512)",
+        secret=True,
+    )
+    jwt_secret_previous: str = _setting(
+        "RELAY_JWT_SECRET_PREVIOUS", "", values.text, "the secret before it, while its tokens run out", secret=True
+    )
+    jwt_public_key: str = _setting(
+        "RELAY_JWT_PUBLIC_KEY",
+        "",
+        values.pem,
+        "public key of such JWTs, PEM text or the path of a file (RSA, elliptic curve, Ed25519)",
+    )
+    jwt_public_key_previous: str = _setting(
+        "RELAY_JWT_PUBLIC_KEY_PREVIOUS", "", values.pem, "the public key before it, while its tokens run out"
+    )
+    jwt_require_exp: bool = _setting(
+        "RELAY_JWT_REQUIRE_EXP", True, values.boolean, "refuse JWTs that do not say when they end"
     )
     history: int = _setting(
         "RELAY_HISTORY",
         0,
-        _number(0, 10**7, "a number of events"),
+        values.number(0, 10**7, "a number of events"),
         "events kept per channel, for streams that come back; 0 is none (PostgreSQL: run init-db first)",
     )
     history_seconds: float = _setting(
-        "RELAY_HISTORY_SECONDS", 86400.0, _seconds(1, 10**9), "seconds for which an event is kept"
+        "RELAY_HISTORY_SECONDS", 86400.0, values.seconds(1, 10**9), "seconds for which an event is kept"
     )
     heartbeat: float = _setting(
-        "RELAY_HEARTBEAT", 15.0, _seconds(1, 3600), "seconds between the comments that keep an idle stream open"
+        "RELAY_HEARTBEAT", 15.0, values.seconds(1, 3600), "seconds between the comments that keep an idle stream open"
     )
     client_buffer: int = _setting(
         "RELAY_CLIENT_BUFFER",
         1_048_576,
-        _number(4096, 2**30, "a number of bytes"),
+        values.number(4096, 2**30, "a number of bytes"),
         "bytes that may wait for a slow reader before it is cut",
     )
     max_stream_seconds: float = _setting(
         "RELAY_MAX_STREAM_SECONDS",
         0.0,
-        _seconds(0, 10**9),
+        values.seconds(0, 10**9),
         "a stream ends at 80 to 100 percent of this and comes back; 0 is never",
     )
     drain_seconds: float = _setting(
-        "RELAY_DRAIN_SECONDS", 5.0, _seconds(0, 3600), "seconds over which a stopping worker closes its streams"
+        "RELAY_DRAIN_SECONDS", 5.0, values.seconds(0, 3600), "seconds over which a stopping worker closes its streams"
     )
     debug: bool = _setting(
-        "RELAY_SERVER_DEBUG", False, _boolean, "show the inspector page at / and no warnings about open access"
+        "RELAY_SERVER_DEBUG", False, values.boolean, "show the inspector page at / and no warnings about open access"
     )
-    log_level: str = _setting("LOG_LEVEL", "INFO", _choice(*LEVELS), " | ".join(LEVELS))
-    log_format: str = _setting("LOG_FORMAT", "text", _choice("text", "json"), "text | json")
+    log_level: str = _setting("LOG_LEVEL", "INFO", values.choice(*LEVELS), " | ".join(LEVELS))
+    log_format: str = _setting("LOG_FORMAT", "text", values.choice("text", "json"), "text | json")
 
     @property
     def broker(self) -> tuple[str, str] | None:
@@ -263,7 +213,7 @@ def load(
     """
     environ = os.environ if environ is None else environ
     file = read_env_file(env_file)
-    values: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for field in FIELDS:
         if only is not None and field.name not in only:
             continue
@@ -280,12 +230,13 @@ def load(
                 raise SettingsError(f"{flag} is empty; give a value or leave it out")
             continue
         try:
-            values[field.name] = field.metadata["parse"](raw)
+            parsed[field.name] = field.metadata["parse"](raw)
         except ValueError as exc:
-            raise SettingsError(f"{source}: {raw!r} {exc}") from exc
+            shown = "the value" if field.metadata.get("secret") else repr(raw)
+            raise SettingsError(f"{source}: {shown} {exc}") from exc
     if only is None:
         _refuse_coming({**file, **environ})
-    return Settings(**values)
+    return Settings(**parsed)
 
 
 def current_broker() -> tuple[str, str] | None:
@@ -380,8 +331,8 @@ _HOST = re.compile(r"(\[[^\]@]*\]|[^:,@\[\]]*)(?::([0-9]{1,5}))?(?:,|$)")
 _HOSTS = re.compile(rf"(?:{_HOST.pattern})*")
 
 
-def _refuse_coming(values: Mapping[str, str | None]) -> None:
+def _refuse_coming(variables: Mapping[str, str | None]) -> None:
     for variable in COMING:
-        value = values.get(variable) or ""
-        if value.strip() and _BOOLEANS.get(value.strip().lower(), True):
+        value = variables.get(variable) or ""
+        if value.strip() and values.BOOLEANS.get(value.strip().lower(), True):
             raise SettingsError(f"{variable} is set, but this version does not have it yet; leave it out")

@@ -21,6 +21,7 @@ from .hub import Hub
 from .replay import Replay
 from .settings import Settings
 from .subscriber import Subscriber
+from .tokens import keys_of
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class Worker:
             log.warning("the supervisor is gone, this worker ends too")
             self._stop.set()
         self.reader.sweep()
-        if self.settings.max_stream_seconds:
+        if self.settings.max_stream_seconds or self.relay.keys:
             now = self.loop.time()
             for subscriber in self._subscribers():
                 if subscriber.ends_at is not None and now >= subscriber.ends_at:
@@ -182,18 +183,19 @@ async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
     await asyncio.wait(tasks, timeout=1)
 
 
-def check_broker(settings: Settings) -> None:
+def check_settings(settings: Settings) -> None:
     """
-    Load the broker's driver and let it read the URL; nothing is connected.
+    Load the broker's driver and let it read the URL, and read the keys of tokens; nothing is connected.
 
     Called before the fork, so that the workers share what is loaded, and what is wrong is said once.
 
     Raises:
-        SettingsError: If no broker is set, its driver is not installed, or it cannot read the URL.
+        SettingsError: If no broker is set, its driver is not installed, or it cannot read the URL; or a key.
 
     """
     listener, url = _listener(settings)
     listener.check(url)
+    keys_of(settings)
 
 
 def _listener(settings: Settings) -> tuple[Any, str]:
