@@ -7,11 +7,13 @@ import pytest
 import tornado.httpclient
 from servers import free_port
 
+from tornado_relay.application import RelayApplication
 from tornado_relay.brokers.reader import Reader
 from tornado_relay.brokers.redis.listener import RedisListener
-from tornado_relay.handlers import MAX_CHANNELS, Relay
+from tornado_relay.handlers import Relay
 from tornado_relay.hub import Hub
 from tornado_relay.settings import Settings
+from tornado_relay.streams import MAX_CHANNELS
 
 ORIGIN = "https://shop.example"
 
@@ -48,7 +50,7 @@ def relay(io_loop, settings, redis_url):
 
 @pytest.fixture
 def app(relay):
-    return relay.application()
+    return RelayApplication(relay)
 
 
 @pytest.fixture
@@ -164,6 +166,16 @@ async def test_stream_of_an_allowed_page_has_cors_with_credentials(fetch):
     assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
     assert answer.headers["Access-Control-Allow-Credentials"] == "true"
     assert answer.headers["Vary"] == "Origin"
+
+
+@pytest.mark.gen_test
+async def test_error_can_be_read_by_an_allowed_page(fetch):
+    """Without CORS headers fetch() would tell it of a broken network."""
+    answer = await fetch("/channel=", headers={"Origin": ORIGIN})
+    assert (answer.code, answer.headers["Access-Control-Allow-Origin"]) == (400, ORIGIN)
+    assert answer.headers["Vary"] == "Origin"
+    refused = await fetch("/channel=", headers={"Origin": "https://evil.example"})
+    assert "Access-Control-Allow-Origin" not in refused.headers
 
 
 @pytest.mark.parametrize(("method", "code"), [("POST", 404), ("PUT", 405), ("DELETE", 405), ("PATCH", 405)])

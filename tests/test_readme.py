@@ -14,8 +14,8 @@ from servers import execute, until
 
 from tornado_relay.cli import main
 from tornado_relay.events import KEYS
-from tornado_relay.handlers import MAX_CHANNELS
 from tornado_relay.settings import FIELDS
+from tornado_relay.streams import MAX_CHANNELS
 
 README = (ROOT / "README.md").read_text()
 EXTRAS = {"postgres", "redis", "jwt", "metrics", "django", "embedded", "test"}
@@ -143,6 +143,18 @@ def test_history_is_set_up_as_shown(postgres_server, tmp_path, pages):
         execute(url, call)
         (page,) = pages.open(relay.port, [path])
         pages.until(lambda: page.events, "what was published before the page connected")
+        assert (page.events[0].event, page.data) == ("NEW_ORDER", ["hello"])
+
+
+def test_event_over_http(redis_server, tmp_path, pages):
+    """The command, with another port."""
+    program("curl")
+    token = {"RELAY_PUBLISH_TOKEN": "p" * 40}
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment, **token) as relay:
+        (page,) = pages.open(relay.port, ["/channel=orders"])
+        command = block("sh", "curl http").replace(":8001", f":{relay.port}")
+        subprocess.run(command, shell=True, check=True, env=environment(**token), capture_output=True)
+        pages.until(lambda: page.events, "the event")
         assert (page.events[0].event, page.data) == ("NEW_ORDER", ["hello"])
 
 

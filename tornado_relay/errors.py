@@ -27,7 +27,18 @@ class ChannelError(RelayError, ValueError):
 
 
 class EventError(RelayError, ValueError):
-    """An event has a field that Server-Sent Events cannot carry; the text names the field."""
+    """
+    An event has a field that Server-Sent Events cannot carry; the text names the field.
+
+    Args:
+        text: What is wrong, and what would be right.
+        field: The field's name, where it is one field.
+
+    """
+
+    def __init__(self, text: str, field: str | None = None) -> None:
+        super().__init__(text)
+        self.field = field
 
 
 class PayloadTooLarge(EventError):

@@ -61,7 +61,8 @@ def serialize(payload: Mapping[str, Any]) -> str:
     if unknown := [key for key in payload if key not in _KEY_SET]:
         raise EventError(
             f"sse_payload has the unknown key {unknown[0]!r}; known are {', '.join(KEYS)}. "
-            'To send an object of your own, put it under "data"'
+            'To send an object of your own, put it under "data"',
+            str(unknown[0]),
         )
     if not payload:
         raise EventError(f"sse_payload is empty; give at least one of {', '.join(KEYS)}")
@@ -69,9 +70,9 @@ def serialize(payload: Mapping[str, Any]) -> str:
         _check_line(key, payload.get(key))
     _check_retry(payload.get("retry"))
     if not isinstance(payload.get("comment", ""), str | None):
-        raise EventError(f"sse_payload['comment'] must be text, not {type(payload['comment']).__name__}")
+        raise EventError(f"sse_payload['comment'] must be text, not {type(payload['comment']).__name__}", "comment")
     if payload.get("sep") not in (None, *SEPARATORS):
-        raise EventError(f"sse_payload['sep'] is {payload['sep']!r}; it must be '\\n', '\\r\\n' or '\\r'")
+        raise EventError(f"sse_payload['sep'] is {payload['sep']!r}; it must be '\\n', '\\r\\n' or '\\r'", "sep")
     return "{" + ",".join(f'"{key}":{_to_json(key, value)}' for key, value in payload.items()) + "}"
 
 
@@ -173,16 +174,19 @@ def _check_line(key: str, value: object) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise EventError(f"sse_payload[{key!r}] must be text or a whole number, not {type(value).__name__}")
+        raise EventError(f"sse_payload[{key!r}] must be text or a whole number, not {type(value).__name__}", key)
     if isinstance(value, str) and (bad := _BREAKS_A_FIELD.search(value)):
         raise EventError(
-            f"sse_payload[{key!r}] holds {bad[0]!r} at position {bad.start()}; CR, LF and NUL cannot be sent in it"
+            f"sse_payload[{key!r}] holds {bad[0]!r} at position {bad.start()}; CR, LF and NUL cannot be sent in it",
+            key,
         )
 
 
 def _check_retry(value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**15):
-        raise EventError(f"sse_payload['retry'] is {value!r}; it must be a whole number of milliseconds, 0 or more")
+        raise EventError(
+            f"sse_payload['retry'] is {value!r}; it must be a whole number of milliseconds, 0 or more", "retry"
+        )
 
 
 def _to_json(key: str, value: object) -> str:
@@ -190,9 +194,9 @@ def _to_json(key: str, value: object) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         text.encode()
     except UnicodeEncodeError as exc:
-        raise EventError(f"sse_payload[{key!r}] holds half a surrogate pair, which UTF-8 cannot carry") from exc
+        raise EventError(f"sse_payload[{key!r}] holds half a surrogate pair, which UTF-8 cannot carry", key) from exc
     except (TypeError, ValueError, RecursionError) as exc:
-        raise EventError(f"sse_payload[{key!r}] cannot be written as JSON: {exc}") from exc
+        raise EventError(f"sse_payload[{key!r}] cannot be written as JSON: {exc}", key) from exc
     return text
 
 

@@ -26,7 +26,6 @@ COMING = (
     "RELAY_ADMIN_HOST",
     "RELAY_ADMIN_PORT",
     "RELAY_AUTH_URL",
-    "RELAY_PUBLISH_TOKEN",
     "RELAY_MAX_CONNECTIONS",
     "RELAY_MAX_CONNECTIONS_PER_IP",
     "RELAY_COMPRESSION",
@@ -104,6 +103,13 @@ class Settings:
     )
     jwt_require_exp: bool = _setting(
         "RELAY_JWT_REQUIRE_EXP", True, values.boolean, "refuse JWTs that do not say when they end"
+    )
+    publish_token: str = _setting(
+        "RELAY_PUBLISH_TOKEN",
+        "",
+        values.token,
+        "bearer token that allows POST /channel=NAME; empty is nobody",
+        secret=True,
     )
     history: int = _setting(
         "RELAY_HISTORY",

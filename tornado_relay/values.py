@@ -106,3 +106,10 @@ def pem(value: str) -> str:
         if PEM not in value:
             raise ValueError("is a file without a PEM text (-----BEGIN PUBLIC KEY-----)")
     return value.replace("\\n", "\n").strip()
+
+
+def token(value: str) -> str:
+    """Return a bearer token."""
+    if not re.fullmatch("[!-~]{1,4096}", value):
+        raise ValueError("is no bearer token; give printable ASCII characters without blanks")
+    return value

@@ -14,12 +14,16 @@ from typing import Any, cast
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop, PeriodicCallback
 
+from .application import MAX_BODY, RelayApplication
 from .brokers.reader import Reader
 from .errors import BrokerRefused, SettingsError
-from .handlers import RETRY, Relay
+from .handlers import Relay
 from .hub import Hub
+from .intake import Intake
+from .publish import open_publisher
 from .replay import Replay
 from .settings import Settings
+from .streams import RETRY
 from .subscriber import Subscriber
 from .tokens import keys_of
 from .upkeep import Upkeep
@@ -33,7 +37,6 @@ TICK = 1.0
 REQUEST_SECONDS = 30.0
 """How long a client may take to send its request, and how long a connection may be kept between two."""
 MAX_HEADER = 65_536
-MAX_BODY = 1_048_576
 _DRAIN_STEP = 0.02
 
 
@@ -94,7 +97,7 @@ class Worker:
             working |= {asyncio.create_task(replay.run()), asyncio.create_task(upkeep.run())}
         else:
             self.reader = Reader(listener, self._back, lambda: None)
-        self.relay = Relay(self.settings, self.hub, self.reader, replay)
+        self.relay = Relay(self.settings, self.hub, self.reader, replay, _intake(self.settings))
         first: asyncio.Future[BrokerRefused | None] = asyncio.get_running_loop().create_future()
         reading = asyncio.create_task(self.reader.run(first.set_result))
         working.add(reading)
@@ -112,7 +115,7 @@ class Worker:
             return CANNOT_START
 
         self.server = HTTPServer(
-            self.relay.application(),
+            RelayApplication(self.relay),
             idle_connection_timeout=REQUEST_SECONDS,
             body_timeout=REQUEST_SECONDS,
             max_header_size=MAX_HEADER,
@@ -175,6 +178,12 @@ class Worker:
 
     def _subscribers(self) -> list[Subscriber]:
         return cast("list[Subscriber]", list(self.hub))
+
+
+def _intake(settings: Settings) -> Intake | None:
+    if not settings.publish_token or settings.broker is None:
+        return None
+    return Intake(open_publisher(*settings.broker), settings.publish_token)
 
 
 async def _cancel(tasks: set[asyncio.Task[None]]) -> None:

@@ -1,0 +1,220 @@
+"""The addresses of channels: GET opens a stream, POST publishes an event."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from typing import Any
+
+from tornado.ioloop import IOLoop
+from tornado.web import HTTPError
+
+from . import access, channels, events
+from .access import EVERYBODY, Grant
+from .errors import BrokerError, BrokerUnavailable, ChannelError, EventError, PayloadTooLarge, TokenError
+from .handlers import Relay, RelayHandler
+from .subscriber import Subscriber
+
+log = logging.getLogger(__name__)
+
+MAX_CHANNELS = 100
+"""Channels of one stream."""
+
+# A page whose stream ends reconnects after a time drawn from this range of milliseconds, so that all
+# pages of a worker that died do not come in the same instant.
+RETRY = (2_000, 5_000)
+
+# The id of streams that no history can bring up to date: one that comes back with it is told so.
+NO_HISTORY = "none"
+
+
+class StreamHandler(RelayHandler):
+    """Opens a stream and hands its socket to a `Subscriber`; takes an event for its channel."""
+
+    def initialize(self, relay: Relay) -> None:
+        super().initialize(relay)
+        self.gone = False
+        # The field of an event that is wrong.
+        self._field: str | None = None
+
+    def on_connection_close(self) -> None:
+        self.gone = True
+
+    async def get(self, path_channel: str | None = None) -> None:
+        relay, loop = self.relay, IOLoop.current()
+        wanted = self._channels(path_channel)
+        grant = self._grant(wanted)
+        if relay.draining or relay.reader.trouble:
+            await self._refuse_softly(relay.reader.trouble or "the worker is draining")
+            return
+        subscriber = Subscriber(
+            wanted,
+            tuple(name for name in relay.reader.audible(wanted) if name in wanted or grant.allows(name)),
+            address=self.request.remote_ip or "unix socket",
+            ends_at=self._end(grant),
+            on_close=self._closed,
+        )
+        try:
+            known = await relay.reader.subscribe(subscriber.audible)
+        except BrokerUnavailable as exc:
+            await self._refuse_softly(str(exc))
+            return
+        try:
+            last = await self._last_position(subscriber.audible, known)
+        except BrokerError as exc:
+            relay.reader.release(subscriber.audible)
+            await self._refuse_softly(str(exc))
+            return
+        if self.gone or relay.draining:
+            relay.reader.release(subscriber.audible)
+            if not self.gone:
+                await self._refuse_softly("the worker is draining")
+            return
+        # Nothing may await from here on: an event that comes after the head must find the stream in the hub.
+        begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
+        if last is None:
+            newest = relay.replay.newest if relay.replay else None
+            subscriber.position = newest.seq if newest else 0
+            begin += events.position(str(newest or NO_HISTORY))
+            if self._last_event_id:
+                begin += events.stream_reset("unknown-id", wanted)
+        else:
+            subscriber.position = last
+            begin += b"\n"
+        if not subscriber.open(
+            self.detach(), relay.head(self.origin) + begin, relay.settings.client_buffer, loop.time()
+        ):
+            relay.reader.release(subscriber.audible)
+            return
+        log.info("stream opened: %s", subscriber)
+        if relay.replay:
+            relay.replay.admit(subscriber, behind=last is not None)
+        else:
+            relay.hub.add(subscriber)
+
+    def _grant(self, wanted: tuple[str, ...]) -> Grant:
+        """Return what the client may listen to, if that is all that it asks for."""
+        if not self.relay.keys:
+            return EVERYBODY
+        # The first that is there counts, and no other is tried in its place.
+        token = self.get_cookie("relay_token") or self._bearer or self.get_query_argument("token", "")
+        if not token:
+            raise HTTPError(
+                401, log_message="no token; send one as cookie relay_token, Authorization: Bearer, or ?token="
+            )
+        try:
+            grant = self.relay.keys.grant(token)
+        except TokenError as exc:
+            raise HTTPError(401, "%s", exc) from exc
+        for name in wanted:
+            if not grant.allows(name):
+                raise HTTPError(403, "the token does not cover the channel %s", name)
+        return grant
+
+    @property
+    def _bearer(self) -> str:
+        kind, _, token = self.request.headers.get("Authorization", "").partition(" ")
+        return token.strip() if kind.lower() == "bearer" else ""
+
+    def _end(self, grant: Grant) -> float | None:
+        """Return the loop's time at which the stream is to end, if it has to."""
+        now, lifetime = IOLoop.current().time(), self.relay.settings.max_stream_seconds
+        ends = [now + lifetime * random.uniform(0.8, 1.0)] if lifetime else []
+        if grant.expires_at is not None:
+            ends.append(now + grant.expires_at - time.time())
+        return min(ends, default=None)
+
+    @property
+    def _last_event_id(self) -> str:
+        """What the browser had last: the header, which it sends when it reconnects, is newer than the address."""
+        header = self.request.headers.get("Last-Event-ID", "")
+        try:
+            sent = header.encode("latin-1").decode()  # browsers send UTF-8
+        except UnicodeError:
+            sent = header
+        return sent or self.get_query_argument("last_event_id", "")
+
+    async def _last_position(self, audible: tuple[str, ...], known: bool) -> int | None:
+        """Return where in the history the stream comes back to, or None if it begins now."""
+        replay = self.relay.replay
+        if replay is None:
+            return None
+        last = await replay.find(self._last_event_id, audible) if self._last_event_id else None
+        if last is None and not (known and replay.newest):
+            await replay.refresh()
+        return last
+
+    async def head(self, path_channel: str | None = None) -> None:
+        self._grant(self._channels(path_channel))
+        if trouble := self.relay.reader.trouble:
+            await self._refuse_softly(trouble)
+            return
+        await self.answer_and_close(self.relay.head(self.origin))
+
+    def options(self, path_channel: str | None = None) -> None:
+        for name, value in access.preflight().items():
+            self.set_header(name, value)
+        self.clear_header("Content-Type")
+        self.set_status(204)
+
+    async def post(self, path_channel: str | None = None) -> None:
+        intake = self.relay.intake
+        if intake is None:
+            raise HTTPError(404, log_message="publishing over HTTP is not enabled; see RELAY_PUBLISH_TOKEN")
+        if not intake.admits(self._bearer):
+            raise HTTPError(401, log_message="publishing takes Authorization: Bearer with the publish token")
+        names = self._channels(path_channel)
+        if len(names) > 1:
+            raise HTTPError(400, "%d channels; an event goes to one", len(names))
+        try:
+            await intake.publish(names[0], self.request.body)
+        except EventError as exc:
+            self._field = exc.field
+            raise HTTPError(413 if isinstance(exc, PayloadTooLarge) else 400, "%s", exc) from exc
+        except BrokerError as exc:
+            raise HTTPError(503, "%s", exc) from exc
+        self.clear_header("Content-Type")
+        self.set_status(202)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        if self.request.method != "POST":
+            super().write_error(status_code, **kwargs)
+            return
+        told = self.told(status_code, **kwargs)
+        self.set_header("Content-Type", "application/json")
+        self.finish(json.dumps({"error": told} | ({"field": self._field} if self._field else {})) + "\n")
+
+    def _channels(self, path_channel: str | None) -> tuple[str, ...]:
+        if path_channel is not None:
+            names = [path_channel]
+        else:  # not get_query_arguments(), which turns control characters into blanks
+            names = [self.decode_argument(name) for name in self.request.query_arguments.get("channel", [])]
+        if not names:
+            raise HTTPError(400, log_message="no channel; ask for /channel=NAME or /events?channel=A&channel=B")
+        if len(names) > MAX_CHANNELS:
+            raise HTTPError(400, log_message=f"{len(names)} channels asked for; a stream takes at most {MAX_CHANNELS}")
+        try:
+            return tuple(dict.fromkeys(channels.check(name) for name in names))
+        except ChannelError as exc:
+            raise HTTPError(400, log_message=str(exc)) from exc
+
+    async def _refuse_softly(self, why: str) -> None:
+        # EventSource gives up for good on any status but 200 (HTML standard, "fail the connection"),
+        # so it is told to come back by a stream that ends at once.
+        log.debug("stream refused: %s", why)
+        retry = random.randint(*RETRY)
+        if "text/event-stream" in self.request.headers.get("Accept", ""):
+            body = b": not now\nretry: %d\n\n" % retry if self.request.method == "GET" else b""
+            await self.answer_and_close(self.relay.head(self.origin) + body)
+        else:
+            self.set_status(503)
+            self.set_header("Retry-After", str(-(-retry // 1000)))
+            self.finish(f"{self.relay.reader.name}: {why}\n")
+
+    def _closed(self, subscriber: Subscriber) -> None:
+        if self.relay.hub.remove(subscriber):
+            self.relay.reader.release(subscriber.audible)
+            seconds = IOLoop.current().time() - subscriber.opened_at
+            log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, subscriber.reason)
