@@ -14,6 +14,8 @@ from tornado_relay.errors import ChannelError, SettingsError, TokenError
 from tornado_relay.tokens import Keys
 
 SECRET, OTHER = "s" * 64, "o" * 64
+# Tokens are made when this file is read, and used when their turn comes.
+DAY = 86_400
 RSA = rsa.generate_private_key(65537, 2048)
 PRIVATE = {
     "RS256": RSA,
@@ -40,7 +42,7 @@ PEM_PUBLIC = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPubli
 
 
 def claims(**more):
-    return {"channels": ["a"], "exp": time.time() + 60} | more
+    return {"channels": ["a"], "exp": time.time() + DAY} | more
 
 
 def test_subscribe_token_is_what_the_relay_takes():
@@ -130,9 +132,9 @@ BAD = {
     "other private key": (jwt.encode(claims(), rsa.generate_private_key(65537, 2048), "RS256"), "of no key"),
     "public key as secret": (signed_with_public_key(), "of no key"),
     "expired": (jwt.encode(claims(exp=time.time() - 1), SECRET), "has expired"),
-    "not yet valid": (jwt.encode(claims(nbf=time.time() + 60), SECRET), "not valid yet"),
+    "not yet valid": (jwt.encode(claims(nbf=time.time() + DAY), SECRET), "not valid yet"),
     "without end": (jwt.encode({"channels": ["a"]}, SECRET), "no claim 'exp'"),
-    "without channels": (jwt.encode({"exp": time.time() + 60}, SECRET), "no claim 'channels'"),
+    "without channels": (jwt.encode({"exp": time.time() + DAY}, SECRET), "no claim 'channels'"),
     "one name": (jwt.encode(claims(channels="a"), SECRET), "not a list of names"),
     "numbers": (jwt.encode(claims(channels=[1]), SECRET), "not a list of names"),
     "end that is no time": (jwt.encode(claims(exp="soon"), SECRET), "cannot be read"),
