@@ -1,6 +1,7 @@
 import pytest
 
-from tornado_relay.access import Origins
+from tornado_relay.access import Origins, Proxies
+from tornado_relay.values import proxies
 
 ALLOWED = ["https://shop.example", "http://localhost:8000"]
 
@@ -37,3 +38,30 @@ def test_listed_page_gets_its_own_origin_and_credentials():
         "Vary": "Origin",
     }
     assert Origins(ALLOWED).headers(None) == {"Vary": "Origin"}
+
+
+@pytest.mark.parametrize(
+    ("trusted", "peer", "forwarded_for", "client"),
+    [
+        ("", "10.0.0.1", ["1.1.1.1"], "10.0.0.1"),
+        ("10.0.0.1", "10.0.0.1", ["1.1.1.1"], "1.1.1.1"),
+        ("10.0.0.1", "10.0.0.2", ["1.1.1.1"], "10.0.0.2"),
+        ("10.0.0.1", "10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", "10.0.0.1", ["6.6.6.6, 1.1.1.1"], "1.1.1.1"),
+        ("10.0.0.0/8", "10.0.0.1", ["6.6.6.6, 1.1.1.1, 10.0.0.9"], "1.1.1.1"),
+        ("10.0.0.0/8", "10.0.0.1", ["6.6.6.6", "1.1.1.1", "10.0.0.9"], "1.1.1.1"),
+        ("10.0.0.0/8", "10.0.0.1", ["10.0.0.7"], "10.0.0.7"),
+        ("10.0.0.1", "10.0.0.1", ["1.1.1.1, nonsense"], "10.0.0.1"),
+        ("10.0.0.1", "10.0.0.1", [""], "10.0.0.1"),
+        ("10.0.0.1", "10.0.0.1", ["1.1.1.1,"], "10.0.0.1"),
+        ("10.0.0.1", "::ffff:10.0.0.1", ["::ffff:1.1.1.1"], "1.1.1.1"),
+        ("::1", "::1", ["[2001:DB8::1]"], "2001:db8::1"),
+        ("unix", "unix", ["1.1.1.1"], "1.1.1.1"),
+        ("127.0.0.1", "unix", ["1.1.1.1"], "unix"),
+        ("unix", "unix", [], "unix"),
+        ("unix", "127.0.0.1", ["1.1.1.1"], "127.0.0.1"),
+    ],
+)
+def test_client_behind_proxies(trusted, peer, forwarded_for, client):
+    """The last address that a trusted proxy wrote; what a client wrote itself counts for nothing."""
+    assert Proxies(proxies(trusted)).client(peer, forwarded_for) == client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Collection, Iterable
 
 # What a preflight may ask for: EventSource sends the first, clients built on fetch() send the others too.
@@ -74,3 +75,55 @@ class Grant:
 
 EVERYBODY = Grant(["*"])
 """The grant of a relay that is open to all."""
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+UNIX = "unix"
+"""The address of who comes by the Unix socket."""
+
+
+class Proxies:
+    """
+    The proxies whose ``X-Forwarded-For`` is believed.
+
+    Args:
+        trusted: Their networks; ``unix`` among them stands for all that come by the Unix socket.
+
+    """
+
+    def __init__(self, trusted: Collection[Network | str]) -> None:
+        self._unix = UNIX in trusted
+        self._networks = [network for network in trusted if not isinstance(network, str)]
+
+    def client(self, peer: str, forwarded_for: Iterable[str]) -> str:
+        """
+        Return the address of the client.
+
+        Args:
+            peer: The address that the connection is from, or `UNIX`.
+            forwarded_for: The values of the ``X-Forwarded-For`` headers. Each proxy adds whom it got the request
+                from at the end, so they are read from there, as far as those who wrote them are trusted.
+
+        """
+        client = address(peer) or peer
+        hops = [hop.strip() for value in forwarded_for for hop in value.split(",")]
+        while hops and self._trusts(client):
+            before = address(hops.pop())
+            if before is None:  # nonsense, which its proxy took from further out
+                break
+            client = before
+        return client
+
+    def _trusts(self, client: str) -> bool:
+        if client == UNIX:
+            return self._unix
+        return any(ipaddress.ip_address(client) in network for network in self._networks)
+
+
+def address(text: str) -> str | None:
+    """Return an IP address in its usual form, an IPv4 one inside IPv6 as IPv4; None if ``text`` is none."""
+    try:
+        found = ipaddress.ip_address(text.strip("[]").partition("%")[0])
+    except ValueError:
+        return None
+    return str(getattr(found, "ipv4_mapped", None) or found)

@@ -14,6 +14,7 @@ from . import __version__, access
 from .brokers.reader import Reader
 from .hub import Hub
 from .intake import Intake
+from .limits import Seats
 from .replay import Replay
 from .settings import Settings
 from .tokens import keys_of
@@ -27,16 +28,25 @@ class Relay:
     """What the handlers of one worker share."""
 
     def __init__(
-        self, settings: Settings, hub: Hub, reader: Reader, replay: Replay | None = None, intake: Intake | None = None
+        self,
+        settings: Settings,
+        hub: Hub,
+        reader: Reader,
+        seats: Seats,
+        *,
+        replay: Replay | None = None,
+        intake: Intake | None = None,
     ) -> None:
         self.settings = settings
         self.hub = hub
         self.reader = reader
+        self.seats = seats
         # None where no history is to be used.
         self.replay = replay
         # None where nobody may publish over HTTP.
         self.intake = intake
         self.origins = access.Origins(settings.allowed_origins)
+        self.proxies = access.Proxies(settings.trusted_proxies)
         # Without any, the relay is open to all.
         self.keys = keys_of(settings)
         # Set at the start of a drain: no stream is opened from then on.

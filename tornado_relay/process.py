@@ -44,6 +44,8 @@ class Process:
         self.drain_seconds = drain_seconds
         self.started = time.monotonic()
         self.ready = False
+        # Where it counts its streams, see `limits.Tally`.
+        self.row = -1
         # Why it cannot serve, in its own words.
         self.trouble = ""
         # When it was told to end.

@@ -26,10 +26,7 @@ COMING = (
     "RELAY_ADMIN_HOST",
     "RELAY_ADMIN_PORT",
     "RELAY_AUTH_URL",
-    "RELAY_MAX_CONNECTIONS",
-    "RELAY_MAX_CONNECTIONS_PER_IP",
     "RELAY_COMPRESSION",
-    "RELAY_TRUSTED_PROXIES",
 )
 """Settings of a later version. Ignoring one could leave open what its user believes closed, so it is refused."""
 
@@ -110,6 +107,24 @@ class Settings:
         values.token,
         "bearer token that allows POST /channel=NAME; empty is nobody",
         secret=True,
+    )
+    max_connections: int = _setting(
+        "RELAY_MAX_CONNECTIONS",
+        0,
+        values.number(0, 10**7, "a number of streams"),
+        "streams open at a time; 0 is no limit",
+    )
+    max_connections_per_ip: int = _setting(
+        "RELAY_MAX_CONNECTIONS_PER_IP",
+        0,
+        values.number(0, 10**5, "a number of streams"),
+        "streams open at a time from one address (IPv6: one /64); 0 is no limit",
+    )
+    trusted_proxies: tuple[Any, ...] = _setting(
+        "RELAY_TRUSTED_PROXIES",
+        (),
+        values.proxies,
+        "comma-separated addresses or networks whose X-Forwarded-For is believed; unix is the Unix socket",
     )
     history: int = _setting(
         "RELAY_HISTORY",

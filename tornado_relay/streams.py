@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import socket
 import time
 from typing import Any
 
@@ -12,9 +13,10 @@ from tornado.ioloop import IOLoop
 from tornado.web import HTTPError
 
 from . import access, channels, events
-from .access import EVERYBODY, Grant
+from .access import EVERYBODY, UNIX, Grant
 from .errors import BrokerError, BrokerUnavailable, ChannelError, EventError, PayloadTooLarge, TokenError
 from .handlers import Relay, RelayHandler
+from .limits import network_of
 from .subscriber import Subscriber
 
 log = logging.getLogger(__name__)
@@ -43,16 +45,29 @@ class StreamHandler(RelayHandler):
         self.gone = True
 
     async def get(self, path_channel: str | None = None) -> None:
-        relay, loop = self.relay, IOLoop.current()
+        relay = self.relay
         wanted = self._channels(path_channel)
-        grant = self._grant(wanted)
         if relay.draining or relay.reader.trouble:
             await self._refuse_softly(relay.reader.trouble or "the worker is draining")
             return
+        address = self._address
+        if full := relay.seats.take(_client(address)):
+            await self._refuse_softly(full)
+            return
+        opened = False
+        try:
+            opened = await self._open(wanted, self._grant(wanted), address)
+        finally:
+            if not opened:
+                relay.seats.release(_client(address))
+
+    async def _open(self, wanted: tuple[str, ...], grant: Grant, address: str) -> bool:
+        """Open the stream; return False where it was refused, or the client has gone."""
+        relay = self.relay
         subscriber = Subscriber(
             wanted,
             tuple(name for name in relay.reader.audible(wanted) if name in wanted or grant.allows(name)),
-            address=self.request.remote_ip or "unix socket",
+            address=address,
             ends_at=self._end(grant),
             on_close=self._closed,
         )
@@ -60,18 +75,18 @@ class StreamHandler(RelayHandler):
             known = await relay.reader.subscribe(subscriber.audible)
         except BrokerUnavailable as exc:
             await self._refuse_softly(str(exc))
-            return
+            return False
         try:
             last = await self._last_position(subscriber.audible, known)
         except BrokerError as exc:
             relay.reader.release(subscriber.audible)
             await self._refuse_softly(str(exc))
-            return
+            return False
         if self.gone or relay.draining:
             relay.reader.release(subscriber.audible)
             if not self.gone:
                 await self._refuse_softly("the worker is draining")
-            return
+            return False
         # Nothing may await from here on: an event that comes after the head must find the stream in the hub.
         begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
         if last is None:
@@ -83,16 +98,22 @@ class StreamHandler(RelayHandler):
         else:
             subscriber.position = last
             begin += b"\n"
-        if not subscriber.open(
-            self.detach(), relay.head(self.origin) + begin, relay.settings.client_buffer, loop.time()
-        ):
+        head, now = relay.head(self.origin) + begin, IOLoop.current().time()
+        if not subscriber.open(self.detach(), head, relay.settings.client_buffer, now):
             relay.reader.release(subscriber.audible)
-            return
+            return False
         log.info("stream opened: %s", subscriber)
         if relay.replay:
             relay.replay.admit(subscriber, behind=last is not None)
         else:
             relay.hub.add(subscriber)
+        return True
+
+    @property
+    def _address(self) -> str:
+        context = self.request.connection.context  # type: ignore[union-attr]
+        peer = UNIX if context.address_family == socket.AF_UNIX else context.remote_ip
+        return self.relay.proxies.client(peer, self.request.headers.get_list("X-Forwarded-For"))
 
     def _grant(self, wanted: tuple[str, ...]) -> Grant:
         """Return what the client may listen to, if that is all that it asks for."""
@@ -216,5 +237,11 @@ class StreamHandler(RelayHandler):
     def _closed(self, subscriber: Subscriber) -> None:
         if self.relay.hub.remove(subscriber):
             self.relay.reader.release(subscriber.audible)
+            self.relay.seats.release(_client(subscriber.address))
             seconds = IOLoop.current().time() - subscriber.opened_at
             log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, subscriber.reason)
+
+
+def _client(address: str) -> str:
+    """Return what `Seats` count by address; whoever comes by the Unix socket has none."""
+    return "" if address == UNIX else network_of(address)

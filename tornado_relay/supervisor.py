@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .brokers.backoff import Backoff
 from .errors import SettingsError
+from .limits import Seats, Tally
 from .process import SIGNALS, Process, died
 from .settings import Settings
 from .sockets import shown
@@ -31,7 +32,7 @@ HEALTHY_SECONDS = 10.0
 
 _FIXED = ("host", "port", "unix_socket", "workers", "embedded", "embedded_dir")
 
-RunWorker = Callable[[Settings, list[socket.socket], Callable[[], None], Callable[[str], None]], int]
+RunWorker = Callable[[Settings, list[socket.socket], Seats, Callable[[], None], Callable[[str], None]], int]
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,6 +71,8 @@ class Supervisor:
         self.notifier = notifier
         self.slots = [Slot(number, group) for number, group in enumerate(sockets)]
         self.address = ", ".join(shown(listener) for listener in sockets[0])
+        # What the workers count. While one is replaced there are two, and of each some may take long to end.
+        self.tally = Tally(4 * len(sockets))
         # Each with the slot that it was started for.
         self.processes: dict[int, tuple[Process, Slot]] = {}
 
@@ -154,7 +157,15 @@ class Supervisor:
         close = [process.close for process, _ in self.processes.values()]
         close += [listener.close for other in self.slots if other is not slot for listener in other.sockets]
         close += [partial(os.close, self._wake_read), partial(os.close, self._wake_write)]
-        process = Process(partial(self.run_worker, self.settings, slot.sockets), close, self.settings.drain_seconds)
+        row = self.tally.take_row()
+        seats = Seats(self.tally, row, self.settings.max_connections, self.settings.max_connections_per_ip)
+        run = partial(self.run_worker, self.settings, slot.sockets, seats)
+        try:
+            process = Process(run, close, self.settings.drain_seconds)
+        except OSError:
+            self.tally.free_row(row)
+            raise
+        process.row = row
         self.processes[process.pid] = process, slot
         log.debug("worker %d forked as %d", slot.number, process.pid)
         return process
@@ -187,6 +198,7 @@ class Supervisor:
         if process.pipe >= 0:
             process.read_report()
         process.close()
+        self.tally.free_row(process.row)
         if process is slot.replacement:
             slot.replacement = None
             if not self._stopping:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 PEM = "-----BEGIN "
@@ -113,3 +115,19 @@ def token(value: str) -> str:
     if not re.fullmatch("[!-~]{1,4096}", value):
         raise ValueError("is no bearer token; give printable ASCII characters without blanks")
     return value
+
+
+def proxies(value: str) -> tuple[Any, ...]:
+    """Return comma-separated addresses and networks, and the word ``unix``."""
+    return tuple(dict.fromkeys(_proxy(text.strip()) for text in value.split(",") if text.strip()))
+
+
+def _proxy(text: str) -> Any:
+    if text == "unix":
+        return text
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(
+            f"holds {text!r}, which is no address or network; give such as 127.0.0.1,10.0.0.0/8, or unix for the Unix socket"
+        ) from None

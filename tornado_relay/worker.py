@@ -20,6 +20,7 @@ from .errors import BrokerRefused, SettingsError
 from .handlers import Relay
 from .hub import Hub
 from .intake import Intake
+from .limits import Seats
 from .publish import open_publisher
 from .replay import Replay
 from .settings import Settings
@@ -41,7 +42,11 @@ _DRAIN_STEP = 0.02
 
 
 def run(
-    settings: Settings, sockets: list[socket.socket], beat: Callable[[], None], report: Callable[[str], None]
+    settings: Settings,
+    sockets: list[socket.socket],
+    seats: Seats,
+    beat: Callable[[], None],
+    report: Callable[[str], None],
 ) -> int:
     """
     Serve until SIGTERM, or SIGINT for at once, and return the exit status.
@@ -49,11 +54,12 @@ def run(
     Args:
         settings: What to serve.
         sockets: The bound sockets to accept on.
+        seats: The room for streams.
         beat: Called by the loop every second: the proof that it turns.
         report: Called with an empty text once connections are accepted, or else with the reason why not.
 
     """
-    return asyncio.run(Worker(settings, sockets, beat, report).main())
+    return asyncio.run(Worker(settings, sockets, seats, beat, report).main())
 
 
 class Worker:
@@ -63,11 +69,13 @@ class Worker:
         self,
         settings: Settings,
         sockets: list[socket.socket],
+        seats: Seats,
         beat: Callable[[], None],
         report: Callable[[str], None],
     ) -> None:
         self.settings = settings
         self.sockets = sockets
+        self.seats = seats
         self.beat = beat
         self.report = report
         self.hub = Hub(history=settings.history > 0)
@@ -97,7 +105,9 @@ class Worker:
             working |= {asyncio.create_task(replay.run()), asyncio.create_task(upkeep.run())}
         else:
             self.reader = Reader(listener, self._back, lambda: None)
-        self.relay = Relay(self.settings, self.hub, self.reader, replay, _intake(self.settings))
+        self.relay = Relay(
+            self.settings, self.hub, self.reader, self.seats, replay=replay, intake=_intake(self.settings)
+        )
         first: asyncio.Future[BrokerRefused | None] = asyncio.get_running_loop().create_future()
         reading = asyncio.create_task(self.reader.run(first.set_result))
         working.add(reading)

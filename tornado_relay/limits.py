@@ -1,0 +1,114 @@
+"""How many streams are open, in all and from each address, over all workers of a relay. No I/O.
+
+The counts are in memory that the parent shares with its workers. Each process writes to a row of its own and reads
+those of all, so there is no lock; the parent empties the row of a worker that has ended, however it did.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import mmap
+
+# Counters for addresses in a row. An address has two of them, shared with others, and its count is the smaller one: it
+# is never less than the true one, and seldom more (a count-min sketch).
+CELLS = 65_536
+_ROW = 1 + 2 * CELLS
+
+
+class Tally:
+    """
+    The counts of all workers.
+
+    Args:
+        rows: How many processes may count at a time.
+
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._memory = mmap.mmap(-1, rows * _ROW * 4)
+        self.counters = memoryview(self._memory).cast("I")
+        self.rows = rows
+        self._free = list(range(rows))
+
+    def take_row(self) -> int:
+        """
+        Return a row for a process.
+
+        Raises:
+            OSError: If there is none.
+
+        """
+        if not self._free:
+            raise OSError("too many workers are ending")
+        return self._free.pop()
+
+    def free_row(self, row: int) -> None:
+        """Forget what the process of ``row`` counted, which has ended."""
+        start = row * _ROW
+        self.counters[start : start + _ROW] = memoryview(bytes(_ROW * 4)).cast("I")
+        self._free.append(row)
+
+
+class Seats:
+    """
+    The streams of one worker, as far as there is room for them.
+
+    Args:
+        tally: The counts of all workers.
+        row: Where this one counts.
+        limit: Streams in all; 0 is no limit.
+        limit_per_client: Streams of one address; 0 is no limit.
+
+    """
+
+    def __init__(self, tally: Tally, row: int, limit: int, limit_per_client: int) -> None:
+        self._counters = tally.counters
+        self._starts = range(0, tally.rows * _ROW, _ROW)
+        self._own = row * _ROW
+        self._limit = limit
+        self._limit_per_client = limit_per_client
+
+    def take(self, client: str) -> str | None:
+        """
+        Count a stream from the address ``client``, and return None; or return why there is no room for it.
+
+        An empty ``client`` is nobody's address, and counts for the limit in all only. Pair it with `release`.
+        """
+        # First counted, then looked at: of two that come at once to two workers none may slip in over the limit.
+        self._add(client, 1)
+        if self._limit and self._sum(0) > self._limit:
+            self._add(client, -1)
+            return f"all {self._limit} streams are taken (RELAY_MAX_CONNECTIONS)"
+        if self._limit_per_client and client:
+            first, second = _cells(client)
+            if min(self._sum(first), self._sum(second)) > self._limit_per_client:
+                self._add(client, -1)
+                return f"{client} has {self._limit_per_client} streams (RELAY_MAX_CONNECTIONS_PER_IP)"
+        return None
+
+    def release(self, client: str) -> None:
+        """End what `take` counted."""
+        self._add(client, -1)
+
+    def _add(self, client: str, number: int) -> None:
+        self._counters[self._own] += number
+        if self._limit_per_client and client:
+            for cell in _cells(client):
+                self._counters[self._own + cell] += number
+
+    def _sum(self, cell: int) -> int:
+        return sum(self._counters[start + cell] for start in self._starts)
+
+
+def network_of(address: str) -> str:
+    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 one, which a household has to itself."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network(f"{address}/64", strict=False))
+
+
+def _cells(client: str) -> tuple[int, int]:
+    # Python's hash of a text has a secret of the parent's, which its forks share: nobody can choose addresses that
+    # collide. Two parts of one hash are independent of each other; hashes of tuples are not.
+    digest = hash(client)
+    return 1 + digest % CELLS, 1 + CELLS + (digest >> 16) % CELLS
