@@ -284,7 +284,8 @@ def test_hand_written_notify_of_the_predecessor_works(relay, broker, pages, chan
 def test_unsubscribed_channel_is_dropped_at_the_broker_after_a_while(broker, tmp_path, pages, channel):
     """Some seconds after its last stream a channel is no longer listened to; a new stream brings it back."""
     with Relay(tmp_path, "--workers", "1", **broker.environment) as relay:
-        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        page, refused = pages.open(relay.port, [f"/channel={channel}", f"/channel={channel}?last_event_id=%FF"])
+        assert refused.status == 400
         pages.close(page)
         if broker.kind == "postgres":
             until(lambda: f'UNLISTEN "{channel}"' in broker.log, "UNLISTEN")

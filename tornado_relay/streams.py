@@ -63,7 +63,7 @@ class StreamHandler(RelayHandler):
 
     async def _open(self, wanted: tuple[str, ...], grant: Grant, address: str) -> bool:
         """Open the stream; return False where it was refused, or the client has gone."""
-        relay = self.relay
+        relay, last_event_id = self.relay, self._last_event_id  # which may be no text: before anything is held
         subscriber = Subscriber(
             wanted,
             tuple(name for name in relay.reader.audible(wanted) if name in wanted or grant.allows(name)),
@@ -77,7 +77,7 @@ class StreamHandler(RelayHandler):
             await self._refuse_softly(str(exc))
             return False
         try:
-            last = await self._last_position(subscriber.audible, known)
+            last = await self._last_position(last_event_id, subscriber.audible, known)
         except BrokerError as exc:
             relay.reader.release(subscriber.audible)
             await self._refuse_softly(str(exc))
@@ -93,7 +93,7 @@ class StreamHandler(RelayHandler):
             newest = relay.replay.newest if relay.replay else None
             subscriber.position = newest.seq if newest else 0
             begin += events.position(str(newest or NO_HISTORY))
-            if self._last_event_id:
+            if last_event_id:
                 begin += events.stream_reset("unknown-id", wanted)
         else:
             subscriber.position = last
@@ -157,12 +157,12 @@ class StreamHandler(RelayHandler):
             sent = header
         return sent or self.get_query_argument("last_event_id", "")
 
-    async def _last_position(self, audible: tuple[str, ...], known: bool) -> int | None:
+    async def _last_position(self, last_event_id: str, audible: tuple[str, ...], known: bool) -> int | None:
         """Return where in the history the stream comes back to, or None if it begins now."""
         replay = self.relay.replay
         if replay is None:
             return None
-        last = await replay.find(self._last_event_id, audible) if self._last_event_id else None
+        last = await replay.find(last_event_id, audible) if last_event_id else None
         if last is None and not (known and replay.newest):
             await replay.refresh()
         return last
