@@ -14,6 +14,8 @@ import pytest
 from relay import COMMAND, ROOT, Relay, environment, run
 from servers import free_port, until
 
+from tornado_relay import subscribe_token
+
 
 def state(pid):
     """The kernel's letter for a process: Z is dead and not reaped; None is gone."""
@@ -425,3 +427,18 @@ def test_module_is_the_command(redis_server, tmp_path):
         begin = time.monotonic()
         assert relay.stop() == 0
         assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("form", ["--{}={}", "--{} {}"])
+def test_secret_flags_are_on_no_command_line(postgres_server, tmp_path, pages, form):
+    """Everybody on the machine can list processes; the settings are what the flags said."""
+    password = re.search(":([^:@]+)@", postgres_server.url)[1]
+    secrets = {"database-url": postgres_server.url, "jwt-secret": "hush" * 10, "publish-token": "quiet" * 8}
+    flags = [part for flag, value in secrets.items() for part in form.format(flag, value).split()]
+    with Relay(tmp_path, "--workers", "1", *flags, RELAY_JWT_SECRET="another" * 6) as relay:
+        for pid in [relay.process.pid, *relay.workers()]:
+            shown = Path(f"/proc/{pid}/cmdline").read_text()
+            assert "--workers" in shown
+            assert not [secret for secret in (password, "hush", "quiet") if secret in shown]
+        paths = ["/channel=x", f"/channel=x?token={subscribe_token('x', key='hush' * 10)}"]
+        assert [page.status for page in pages.open(relay.port, paths)] == [401, 200]

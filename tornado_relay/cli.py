@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import re
 import resource
 import signal
@@ -76,6 +77,22 @@ def _run(command: str | None, options: dict[str, Any], load: Callable[[], Settin
     return _serve(load, env_file)
 
 
+def _hide_secrets() -> None:
+    """Start anew with secret flags in the environment, which others cannot read: a command line is everybody's (proc(5))."""
+    secret = {field.metadata["flag"]: field.metadata["variable"] for field in FIELDS if field.metadata.get("secret")}
+    rest, hidden = [], {}
+    arguments = iter(sys.orig_argv)
+    for argument in arguments:
+        flag, given, value = argument.partition("=")
+        if flag in secret:
+            hidden[secret[flag]] = value if given else next(arguments, "")
+        else:
+            rest.append(argument)
+    if hidden:
+        os.environ.update(hidden)
+        os.execv(sys.executable, rest)  # noqa: S606  (ourselves)
+
+
 def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     # The one command that needs Tornado. Loaded before the fork, so that the workers share it.
     from . import worker  # noqa: PLC0415
@@ -83,6 +100,7 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     # Until the supervisor takes over, a SIGTERM must still end what has been started here.
     signal.signal(signal.SIGTERM, _terminated)
     current = load()
+    _hide_secrets()
     logs.setup(current.log_level, current.log_format)
     for line in settings.misspelt_variables(env_file):
         log.warning("%s", line)
