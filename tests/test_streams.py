@@ -139,8 +139,13 @@ def test_clients_that_leave_at_once_are_forgotten(broker, tmp_path, channel):
             lambda: relay.log.count("stream opened") == relay.log.count("stream ended") > 0, "each opened stream ended"
         )
         (worker,) = relay.workers()
-        idle = [link for link in Path(f"/proc/{worker}/fd").iterdir() if "socket:" in str(link.readlink())]
-        assert len(idle) <= 4, "the listening socket, the loop's own pair, the broker's connection"
+
+        def sockets():
+            """The listening one, the loop's own pair, the broker's connection, and those of clients."""
+            links = [str(link.readlink()) for link in Path(f"/proc/{worker}/fd").iterdir()]
+            return sum("socket:" in link for link in links)
+
+        until(lambda: sockets() <= 4, "no client's socket is left")
 
 
 NAMES = [
