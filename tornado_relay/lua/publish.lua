@@ -14,10 +14,6 @@ end
 if #ARGV[2] > 1048576 then
     return redis.error_reply('TOOLARGE the event is over 1 MiB')
 end
--- Refused before anything is kept. Older servers than 7 cannot be asked.
-if redis.acl_check_cmd and not redis.acl_check_cmd('PUBLISH', ARGV[1], ARGV[2]) then
-    return redis.error_reply('DENIED this user may not PUBLISH to the channel')
-end
 local now = redis.call('TIME')
 local time = now[1] * 1000000 + now[2]
 local seq = string.format('%.0f', math.max(time, (tonumber(last) or 0) + 1))
@@ -28,8 +24,19 @@ if ARGV[4] == '1' or not token then
 end
 -- Each event names the one before it on its channel, so that a reader sees what was deleted in between.
 local before = redis.call('XREVRANGE', KEYS[3], '+', '-', 'COUNT', 1)[1]
-redis.call('XADD', KEYS[3], 'MAXLEN', keep, seq .. '-0',
+redis.call('XADD', KEYS[3], seq .. '-0',
     'payload', ARGV[2], 'token', token, 'before', before and string.match(before[1], '^%d+') or '0')
+redis.call('HSET', KEYS[1], 'seq', seq)
+local sent = redis.pcall('PUBLISH', ARGV[1], '\30' .. token .. '-' .. seq .. '\30\30' .. ARGV[2])
+if type(sent) == 'table' then
+    -- What was not published must not be kept. An empty stream would hide that events before it are gone.
+    redis.call('XDEL', KEYS[3], seq .. '-0')
+    if redis.call('XLEN', KEYS[3]) == 0 then
+        redis.call('DEL', KEYS[3])
+    end
+    return redis.error_reply('DENIED this user may not PUBLISH to the channel: ' .. sent['err'])
+end
+redis.call('XTRIM', KEYS[3], 'MAXLEN', keep)
 redis.call('XTRIM', KEYS[3], 'MINID', '~', string.format('%.0f', math.max(0, time - seconds * 1000000)))
 redis.call('EXPIRE', KEYS[3], math.ceil(seconds))
 if ARGV[3] ~= '' then
@@ -40,5 +47,4 @@ if ARGV[3] ~= '' then
     redis.call('ZREMRANGEBYRANK', KEYS[4], 0, -2 * keep - 1)
     redis.call('EXPIRE', KEYS[4], math.ceil(seconds))
 end
-redis.call('HSET', KEYS[1], 'seq', seq)
-return redis.call('PUBLISH', ARGV[1], '\30' .. token .. '-' .. seq .. '\30\30' .. ARGV[2])
+return sent
