@@ -99,10 +99,7 @@ class RedisListener:
     async def session(self, on_up: Callable[[], None]) -> None:
         """Connect, and read until the connection is lost, which raises."""
         self._on_up = on_up
-        # What is left was meant for, or came over, the connection before this one.
-        self._commands.clear()
-        self._inbox.clear()
-        self._room = threading.Semaphore(INBOX)
+        self._commands.clear()  # meant for the connection before this one
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._run)
         except (redis.AuthenticationError, redis.ResponseError) as exc:
@@ -115,6 +112,9 @@ class RedisListener:
             raise
         finally:
             self._connected = False
+            # A confirmation of this connection must not count for the next; messages are read again, or missed.
+            self._inbox.clear()
+            self._room = threading.Semaphore(INBOX)
 
     def _flush(self) -> None:
         self._flush_due = False
