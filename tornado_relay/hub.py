@@ -57,10 +57,10 @@ class Hub:
         # Streams that the history has brought further than the broker's messages have come. What they have
         # already must not come again.
         self._ahead: dict[str, dict[Sink, None]] = {}
-        # All streams, and which of the three maps each is in; None for those that are held.
-        self._sinks: dict[Sink, dict[str, dict[Sink, None]]] = {}
         # Streams that get nothing of the history for the time being.
         self._held: dict[str, dict[Sink, None]] = {}
+        # All streams, and which of the four maps each is in.
+        self._sinks: dict[Sink, dict[str, dict[Sink, None]]] = {}
         # What has been delivered since `record`, of the channels that it was given.
         self._recording: dict[str, list[tuple[int, bytes]]] = {}
 
