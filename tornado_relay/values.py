@@ -75,7 +75,7 @@ def choice(*choices: str) -> Callable[[str], str]:
 
 def origins(value: str) -> tuple[str, ...]:
     """Return comma-separated origins."""
-    return tuple(dict.fromkeys(_origin(text.strip()) for text in value.split(",") if text.strip()))
+    return _each(value, _origin)
 
 
 def _origin(text: str) -> str:
@@ -119,7 +119,7 @@ def token(value: str) -> str:
 
 def proxies(value: str) -> tuple[Any, ...]:
     """Return comma-separated addresses and networks, and the word ``unix``."""
-    return tuple(dict.fromkeys(_proxy(text.strip()) for text in value.split(",") if text.strip()))
+    return _each(value, _proxy)
 
 
 def _proxy(text: str) -> Any:
@@ -131,3 +131,7 @@ def _proxy(text: str) -> Any:
         raise ValueError(
             f"holds {text!r}, which is no address or network; give such as 127.0.0.1,10.0.0.0/8, or unix for the Unix socket"
         ) from None
+
+
+def _each(value: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(parse(text.strip()) for text in value.split(",") if text.strip()))
