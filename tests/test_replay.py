@@ -231,10 +231,11 @@ def test_id_of_nobody_spoils_no_other_stream(kept_redis, tmp_path, pages, channe
     ):
         url = kept_redis.url.replace(str(kept_redis.server.port), str(proxy.port))
         (page,) = pages.open(other.port, [f"/channel={channel}"])
+        kept_redis.publish(channel, "0")  # where it is the first of all, it begins a span
         with Relay(tmp_path, "--workers", "1", **kept_redis.environment | {"REDIS_URL": url}) as relay:
             until(lambda: "the history is at" in relay.log, "the history is set up")
             kept_redis.publish(channel, "1", "2")
-            got(pages, page, "1", "2")
+            got(pages, page, "0", "1", "2")
             proxy.freeze()
             back = pages.add(Page(relay.port, f"/channel={channel}", {"Last-Event-ID": page.events[-1].id}))
             until(proxy.holds.is_set, "the history's answer is held back")
