@@ -82,7 +82,7 @@ def test_one_too_many_is_refused_softly(redis_server, tmp_path, pages):
         pages.until(lambda: all(page.events for page in taken), "those that are open have the event")
         plain = httpx.get(f"{relay.url}/channel=x")
         assert plain.status_code == 503
-        assert "RELAY_MAX_CONNECTIONS" in plain.text
+        assert plain.text == "all 20 streams are taken (RELAY_MAX_CONNECTIONS)\n"
         pages.close(taken.pop())
         until(lambda: statuses(pages, relay, 1)[0], "its seat is free")
 

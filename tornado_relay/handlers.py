@@ -53,6 +53,13 @@ class Relay:
         self.draining = False
         self._heads: dict[str | None, bytes] = {}
 
+    @property
+    def trouble(self) -> str | None:
+        """Why no stream can be opened now, or None if one can."""
+        if self.draining:
+            return "the worker is draining"
+        return f"{self.reader.name}: {self.reader.trouble}" if self.reader.trouble else None
+
     def head(self, origin: str | None) -> bytes:
         """Return status line and headers of a stream. The end of the connection ends it, so every client can read it."""
         origin = None if self.origins.any else origin
@@ -148,10 +155,9 @@ class ReadyHandler(RelayHandler):
     """Whether streams can be opened now."""
 
     def get(self) -> None:
-        trouble = "the worker is draining" if self.relay.draining else self.relay.reader.trouble
-        if trouble:
+        if trouble := self.relay.trouble:
             self.set_status(503)
-            self.finish(f"{self.relay.reader.name}: {trouble}\n")
+            self.finish(f"{trouble}\n")
         else:
             self.finish("ok\n")
 

@@ -47,8 +47,8 @@ class StreamHandler(RelayHandler):
     async def get(self, path_channel: str | None = None) -> None:
         relay = self.relay
         wanted = self._channels(path_channel)
-        if relay.draining or relay.reader.trouble:
-            await self._refuse_softly(relay.reader.trouble or "the worker is draining")
+        if trouble := relay.trouble:
+            await self._refuse_softly(trouble)
             return
         address = self._address
         if full := relay.seats.take(_client(address)):
@@ -74,18 +74,18 @@ class StreamHandler(RelayHandler):
         try:
             known = await relay.reader.subscribe(subscriber.audible)
         except BrokerUnavailable as exc:
-            await self._refuse_softly(str(exc))
+            await self._refuse_softly(f"{relay.reader.name}: {exc}")
             return False
         try:
             last = await self._last_position(last_event_id, subscriber.audible, known)
         except BrokerError as exc:
             relay.reader.release(subscriber.audible)
-            await self._refuse_softly(str(exc))
+            await self._refuse_softly(f"{relay.reader.name}: {exc}")
             return False
         if self.gone or relay.draining:
             relay.reader.release(subscriber.audible)
             if not self.gone:
-                await self._refuse_softly("the worker is draining")
+                await self._refuse_softly(str(relay.trouble))
             return False
         # Nothing may await from here on: an event that comes after the head must find the stream in the hub.
         begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
@@ -169,7 +169,7 @@ class StreamHandler(RelayHandler):
 
     async def head(self, path_channel: str | None = None) -> None:
         self._grant(self._channels(path_channel))
-        if trouble := self.relay.reader.trouble:
+        if trouble := self.relay.trouble:
             await self._refuse_softly(trouble)
             return
         await self.answer_and_close(self.relay.head(self.origin))
@@ -232,7 +232,7 @@ class StreamHandler(RelayHandler):
         else:
             self.set_status(503)
             self.set_header("Retry-After", str(-(-retry // 1000)))
-            self.finish(f"{self.relay.reader.name}: {why}\n")
+            self.finish(f"{why}\n")
 
     def _closed(self, subscriber: Subscriber) -> None:
         if self.relay.hub.remove(subscriber):
