@@ -125,6 +125,11 @@ def test_redis_wins_unless_use_pg(environ, broker):
         ({"DATABASE_URL": "postgresql://u:secret@h:54x2/d"}, "DATABASE_URL cannot be read"),
         ({"DATABASE_URL": "postgresql://u:secret@h:99999/d"}, "DATABASE_URL cannot be read"),
         ({"REDIS_URL": "redis://:sec:ret@r:0/0"}, "REDIS_URL cannot be read"),
+        ({"RELAY_AUTH_URL": "http://u:secret@h/may-listen/"}, "RELAY_AUTH_URL: the value is not the URL"),
+        ({"RELAY_AUTH_URL": "//h/?secret"}, "RELAY_AUTH_URL: the value is not the URL"),
+        ({"RELAY_AUTH_URL": "http://h:x/?secret"}, "RELAY_AUTH_URL: the value is not the URL"),
+        ({"RELAY_AUTH_URL": "http://h/?secret#x"}, "RELAY_AUTH_URL: the value is not the URL"),
+        ({"RELAY_AUTH_URL": "http://h/?secret \u00e9"}, "percent-encoded"),
     ],
 )
 def test_url_of_another_kind_is_refused_without_its_password(environ, said):

@@ -197,7 +197,7 @@ def _check(load: Callable[[], Settings]) -> int:
     for line in findings.of_settings(current):
         print(f"      {line}")
     failed = False
-    for finding in findings.of_brokers(current):
+    for finding in (*findings.of_brokers(current), *findings.of_authority(current)):
         failed = failed or not finding.ok
         print(f"{'ok' if finding.ok else 'FAIL':<5} {finding.text}", flush=True)
     return 1 if failed else 0
@@ -253,8 +253,10 @@ def _require_broker(current: Settings) -> tuple[str, str]:
 def _warn_if_open(current: Settings) -> None:
     if current.debug:
         return
-    if not tokens.keys_of(current):
-        log.warning("no authentication: whoever reaches this relay can listen to any channel; see RELAY_JWT_SECRET")
+    if not tokens.keys_of(current) and not current.auth_url:
+        log.warning(
+            "no authentication: whoever reaches this relay can listen to any channel; see RELAY_JWT_SECRET and RELAY_AUTH_URL"
+        )
     if not current.allowed_origins:
         log.warning("ALLOWED_ORIGINS is empty: the pages of any site may connect")
 

@@ -6,6 +6,7 @@ RelayError
 ├── EventError           an event that cannot be sent as Server-Sent Events
 │   └── PayloadTooLarge  an event over the broker's limit
 ├── TokenError           a token that lets nobody in
+├── AuthorityUnavailable  the application does not say who may listen
 └── BrokerError          PostgreSQL or Redis
     ├── BrokerUnavailable  cannot be reached now; trying again can help
     └── BrokerRefused      reached, but it will not have us: password, database, permission
@@ -47,6 +48,10 @@ class PayloadTooLarge(EventError):
 
 class TokenError(RelayError):
     """A token is not one, is of another key, or has run out; the text says which, and nothing of the token."""
+
+
+class AuthorityUnavailable(RelayError):
+    """The application that knows who may listen did not answer, or neither yes nor no."""
 
 
 class BrokerError(RelayError):

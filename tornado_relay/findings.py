@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import select
@@ -51,6 +52,12 @@ def of_brokers(settings: Settings) -> Iterator[Finding]:
         name, ping = ("Redis", _ping_redis) if kind == "redis" else ("PostgreSQL", _ping_postgres)
         use = "used" if kind == broker[0] else "set, not used"
         yield _tried(f"{name} ({use})", ping, settings)
+
+
+def of_authority(settings: Settings) -> Iterator[Finding]:
+    """Ask the application for a client that sends nothing, if the relay is to ask it, and yield what it says."""
+    if settings.auth_url:
+        yield _tried("application", _ask_authority, settings)
 
 
 def _is_set(settings: Settings, kind: str) -> bool:
@@ -103,6 +110,19 @@ def _ping_postgres(settings: Settings) -> str:
     finally:
         connection.close()
         publisher.close()
+
+
+def _ask_authority(settings: Settings) -> str:
+    from .authority import REFUSALS, Authority, Question  # noqa: PLC0415  (Tornado)
+
+    channel = f"sse_relay_check_{secrets.token_hex(8)}"
+
+    async def ask() -> int:
+        return await Authority(settings.auth_url).ask(Question((channel,), "", "", ""))
+
+    status = asyncio.run(ask())
+    done = "refuses" if status in REFUSALS else "lets in"
+    return f"RELAY_AUTH_URL {done} a client without cookies that asks for {channel} ({status})"
 
 
 def _ping_redis(settings: Settings) -> str:

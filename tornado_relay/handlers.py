@@ -11,6 +11,7 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
 from . import __version__, access
+from .authority import Authority
 from .brokers.reader import Reader
 from .hub import Hub
 from .intake import Intake
@@ -47,8 +48,9 @@ class Relay:
         self.intake = intake
         self.origins = access.Origins(settings.allowed_origins)
         self.proxies = access.Proxies(settings.trusted_proxies)
-        # Without any, the relay is open to all.
+        # Without any key and authority, the relay is open to all; with both, both must let a client in.
         self.keys = keys_of(settings)
+        self.authority = Authority(settings.auth_url) if settings.auth_url else None
         # Set at the start of a drain: no stream is opened from then on.
         self.draining = False
         self._heads: dict[str | None, bytes] = {}

@@ -25,7 +25,6 @@ LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
 COMING = (
     "RELAY_ADMIN_HOST",
     "RELAY_ADMIN_PORT",
-    "RELAY_AUTH_URL",
     "RELAY_COMPRESSION",
 )
 """Settings of a later version. Ignoring one could leave open what its user believes closed, so it is refused."""
@@ -100,6 +99,13 @@ class Settings:
     )
     jwt_require_exp: bool = _setting(
         "RELAY_JWT_REQUIRE_EXP", True, values.boolean, "refuse JWTs that do not say when they end"
+    )
+    auth_url: str = _setting(
+        "RELAY_AUTH_URL",
+        "",
+        values.http_url,
+        "URL of the application that says who may listen, such as http://127.0.0.1:8000/may-listen/",
+        secret=True,
     )
     publish_token: str = _setting(
         "RELAY_PUBLISH_TOKEN",

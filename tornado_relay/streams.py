@@ -14,7 +14,16 @@ from tornado.web import HTTPError
 
 from . import access, channels, events
 from .access import EVERYBODY, UNIX, Grant
-from .errors import BrokerError, BrokerUnavailable, ChannelError, EventError, PayloadTooLarge, TokenError
+from .authority import REFUSALS, Question
+from .errors import (
+    AuthorityUnavailable,
+    BrokerError,
+    BrokerUnavailable,
+    ChannelError,
+    EventError,
+    PayloadTooLarge,
+    TokenError,
+)
 from .handlers import Relay, RelayHandler
 from .limits import network_of
 from .subscriber import Subscriber
@@ -56,7 +65,9 @@ class StreamHandler(RelayHandler):
             return
         opened = False
         try:
-            opened = await self._open(wanted, self._grant(wanted), address)
+            opened = await self._open(wanted, await self._admit(wanted, address), address)
+        except AuthorityUnavailable as exc:
+            await self._refuse_softly(str(exc))
         finally:
             if not opened:
                 relay.seats.release(_client(address))
@@ -115,8 +126,23 @@ class StreamHandler(RelayHandler):
         peer = UNIX if context.address_family == socket.AF_UNIX else context.remote_ip
         return self.relay.proxies.client(peer, self.request.headers.get_list("X-Forwarded-For"))
 
-    def _grant(self, wanted: tuple[str, ...]) -> Grant:
+    async def _admit(self, wanted: tuple[str, ...], address: str) -> Grant:
         """Return what the client may listen to, if that is all that it asks for."""
+        grant = self._grant(wanted)
+        if self.relay.authority is None:
+            return grant
+        headers = self.request.headers
+        question = Question(
+            wanted, headers.get("Cookie", ""), headers.get("Authorization", ""), "" if address == UNIX else address
+        )
+        status = await self.relay.authority.ask(question)
+        if status in REFUSALS:
+            raise HTTPError(status, log_message="the application does not let this client listen here")
+        # It was not asked for the twins of these channels.
+        return Grant([], grant.expires_at)
+
+    def _grant(self, wanted: tuple[str, ...]) -> Grant:
+        """Return what the client's token lets it listen to."""
         if not self.relay.keys:
             return EVERYBODY
         # The first that is there counts, and no other is tried in its place.
@@ -168,7 +194,12 @@ class StreamHandler(RelayHandler):
         return last
 
     async def head(self, path_channel: str | None = None) -> None:
-        self._grant(self._channels(path_channel))
+        wanted = self._channels(path_channel)
+        try:
+            await self._admit(wanted, self._address)
+        except AuthorityUnavailable as exc:
+            await self._refuse_softly(str(exc))
+            return
         if trouble := self.relay.trouble:
             await self._refuse_softly(trouble)
             return

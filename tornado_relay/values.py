@@ -97,6 +97,21 @@ def _origin(text: str) -> str:
     return f"{parts.scheme}://{host}" + (f":{port}" if port not in (None, _DEFAULT_PORTS[parts.scheme]) else "")
 
 
+def http_url(value: str) -> str:
+    """Return the URL of a page."""
+    try:
+        parts = urlsplit(value)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host, parts = None, urlsplit("")
+    # A fragment is never sent, and a user would take the place of the browser's own Authorization.
+    if parts.scheme not in _DEFAULT_PORTS or not host or parts.fragment or "@" in parts.netloc:
+        raise ValueError("is not the URL of a page; give such as http://127.0.0.1:8000/may-listen/")
+    if not re.fullmatch("[!-~]+", value):
+        raise ValueError("has characters that a URL has only percent-encoded")
+    return value
+
+
 def pem(value: str) -> str:
     r"""Return the PEM text that this is, with its line ends perhaps written as ``\n``, or that is in this file."""
     if PEM not in value:
