@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
@@ -134,10 +136,51 @@ def test_event_over_the_brokers_limit_is_a_413(postgres_server, tmp_path, channe
 def test_body_that_is_too_large_is_not_read(relay, channel):
     """The answer comes before it is sent."""
     with socket.create_connection(("127.0.0.1", relay.port)) as connection:
-        head = f"POST /channel={channel} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n"
-        connection.sendall(head.encode())
+        head = f"POST /channel={channel} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n"
+        connection.sendall(f"{head}Authorization: Bearer {TOKEN}\r\n\r\n".encode())
         connection.settimeout(10)
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("size", [10, 2_000_000, 20_000_000])
+def test_who_may_not_publish_is_told_whatever_the_size(relay, channel, size):
+    """Also a client that sends all before it reads, as most do; with 20 MB it is told by the head alone."""
+    with socket.create_connection(("127.0.0.1", relay.port)) as connection:
+        connection.settimeout(20)
+        connection.sendall(f"POST /channel={channel} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode())
+        if size < 8 * 2**20:
+            connection.sendall(b"x" * size)
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+def test_body_of_a_stranger_takes_no_memory(relay, channel):
+    """60 MB that are sent by those who may not publish leave the worker as it was."""
+
+    def resident():
+        (worker,) = relay.workers()
+        (line,) = [line for line in Path(f"/proc/{worker}/status").read_text().splitlines() if "VmRSS" in line]
+        return int(line.split()[1]) * 1024
+
+    before = resident()
+    with ExitStack() as stack:
+        for _ in range(60):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", relay.port)))
+            head = f"POST /channel={channel} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000001\r\n\r\n"
+            connection.sendall(head.encode() + b"x" * 1_000_000)
+        assert post(relay, f"/channel={channel}", {"data": "x"}).status_code == 202
+        assert resident() - before < 30_000_000
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 400), ("HEAD", 400), ("OPTIONS", 400), ("PUT", 405)])
+def test_other_methods_have_no_body(relay, channel, method, status):
+    """It would be read for nothing; a length of 0 is none."""
+    assert httpx.request(method, f"{relay.url}/channel={channel}", content=b"x").status_code == status
+    refused = httpx.request(method, f"{relay.url}/healthz", content=iter([b"x"]))
+    assert refused.status_code == status
+    if method == "HEAD":
+        assert (
+            httpx.request(method, f"{relay.url}/channel={channel}", headers={"Content-Length": "0"}).status_code == 200
+        )
 
 
 @pytest.mark.parametrize("server_class", [PostgresServer, RedisServer])

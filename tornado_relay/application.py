@@ -5,26 +5,44 @@ from __future__ import annotations
 from typing import Any
 
 from tornado.httputil import HTTPServerRequest
-from tornado.web import Application, RequestHandler, stream_request_body
+from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
+from . import access
 from .handlers import HealthHandler, InspectorHandler, NotFoundHandler, ReadyHandler, Relay, RelayHandler
-from .streams import StreamHandler
+from .streams import StreamHandler, publisher_refusal
 
 MAX_BODY = 1_048_576
 """Bytes of a request's body."""
 
+MAX_SKIPPED = 8 * MAX_BODY
+
 
 @stream_request_body
-class TooLargeHandler(RelayHandler):
-    """A request with a body that is not worth reading; Tornado itself would answer without a word."""
+class UnreadHandler(RelayHandler):
+    """
+    A request whose body is not to be kept.
 
-    async def prepare(self) -> None:  # type: ignore[override]
-        text = b'{"error": "the body has more than %d bytes"}\n' % MAX_BODY
-        head = b"HTTP/1.1 413 Request Entity Too Large\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        await self.answer_and_close(head + b"Content-Length: %d\r\n\r\n" % len(text) + text)
+    It is refused once the body has gone by, since a client that still sends when the connection is closed may not see
+    the answer (RFC 9112, section 9.6); or at once, if that would take long.
+    """
+
+    def initialize(self, relay: Relay, refusal: HTTPError) -> None:  # type: ignore[override]
+        super().initialize(relay)
+        self.refusal = refusal
+
+    def prepare(self) -> None:
+        length = _length(self.request)
+        self.request.connection.set_max_body_size(max(length, MAX_SKIPPED))  # type: ignore[union-attr]
+        if length > MAX_SKIPPED:
+            raise self.refusal
 
     def data_received(self, chunk: bytes) -> None:
-        """Nothing is read."""
+        """Keep nothing."""
+
+    def post(self, *_: str) -> None:
+        raise self.refusal
+
+    get = head = put = patch = delete = options = post
 
 
 class RelayApplication(Application):
@@ -55,10 +73,26 @@ class RelayApplication(Application):
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """See `tornado.web.Application`; called before the body is read."""
-        length = request.headers.get("Content-Length", "")
-        if length.isdecimal() and int(length[:20]) > MAX_BODY:
-            return self.get_handler_delegate(request, TooLargeHandler, self._shared)
+        if refusal := self._refusal(request):
+            return self.get_handler_delegate(request, UnreadHandler, self._shared | {"refusal": refusal})
         return super().find_handler(request, **kwargs)
+
+    def _refusal(self, request: HTTPServerRequest) -> HTTPError | None:
+        """Return why the body that comes with ``request`` is not to be kept in memory, if there is one."""
+        length = _length(request)
+        if not length and "Transfer-Encoding" not in request.headers:
+            return None
+        if request.method != "POST":
+            status = 400 if request.method in access.ALLOWED_METHODS.split(", ") else 405
+            return HTTPError(status, "a %s has no body here; an event is published by POST", request.method)
+        if refusal := publisher_refusal(self._shared["relay"], request):
+            return refusal
+        return HTTPError(413, "the body has more than %d bytes", MAX_BODY) if length > MAX_BODY else None
+
+
+def _length(request: HTTPServerRequest) -> int:
+    length = request.headers.get("Content-Length", "")
+    return int(length[:20]) if length.isdecimal() else 0
 
 
 def _log_nothing(handler: HTTPServerRequest | RequestHandler) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from .authority import Authority
 from .brokers.reader import Reader
 from .hub import Hub
 from .intake import Intake
-from .limits import Seats
+from .limits import Seats, descriptor_limit, shares
 from .replay import Replay
+from .server import Waiting
 from .settings import Settings
 from .tokens import keys_of
 
@@ -53,6 +55,8 @@ class Relay:
         self.authority = Authority(settings.auth_url) if settings.auth_url else None
         # Set at the start of a drain: no stream is opened from then on.
         self.draining = False
+        _, waiting = shares(descriptor_limit())
+        self.waiting = Waiting(waiting)
         self._heads: dict[str | None, bytes] = {}
 
     @property
@@ -81,11 +85,13 @@ class Relay:
 
 
 class RelayHandler(RequestHandler):
-    """Base of all handlers: short errors in plain text, and no page that is not allowed."""
+    """Base of all handlers: short errors, in JSON for publishers, and no page that is not allowed."""
 
     def initialize(self, relay: Relay) -> None:
         self.relay = relay
         self.origin = self.request.headers.get("Origin")
+        # The field of an event that is wrong.
+        self.field: str | None = None
 
     def set_default_headers(self) -> None:
         self.set_header("Server", f"sse-relay-server/{__version__}")
@@ -93,6 +99,7 @@ class RelayHandler(RequestHandler):
         self.set_header("Cache-Control", "no-store")
 
     def prepare(self) -> None:
+        self.relay.waiting.discard(self.request.server_connection)
         if not self.relay.origins.admits(self.origin):
             raise HTTPError(
                 403, reason="Forbidden", log_message="pages of this origin may not connect; see ALLOWED_ORIGINS"
@@ -104,7 +111,11 @@ class RelayHandler(RequestHandler):
             self.set_header(name, value)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        self.finish(f"{self.told(status_code, **kwargs)}\n")
+        told = self.told(status_code, **kwargs)
+        if self.request.method == "POST":
+            self.set_header("Content-Type", "application/json")
+            told = json.dumps({"error": told} | ({"field": self.field} if self.field else {}))
+        self.finish(f"{told}\n")
 
     def told(self, status_code: int, **kwargs: Any) -> str:
         """Return what an error's answer says, and set the headers that it has."""

@@ -1,4 +1,4 @@
-"""How many streams are open, in all and from each address, over all workers of a relay. No I/O.
+"""How many streams are open, in all, from each address, and in each worker. No I/O.
 
 The counts are in memory that the parent shares with its workers. Each process writes to a row of its own and reads
 those of all, so there is no lock; the parent empties the row of a worker that has ended, however it did.
@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import ipaddress
 import mmap
+import resource
 
 # Counters for addresses in a row. An address has two of them, shared with others, and its count is the smaller one: it
 # is never less than the true one, and seldom more (a count-min sketch).
 CELLS = 65_536
 _ROW = 1 + 2 * CELLS
+
+# A worker's own descriptors: its sockets, the broker's connections, those to the application.
+OWN_DESCRIPTORS = 64
+# Connections whose request has not come; each may have as much of one as a request's limits allow.
+MAX_WAITING = 4096
+# More than a server takes in at once: it looks at none of them before it has taken all of these.
+MIN_SHARE = 64
 
 
 class Tally:
@@ -58,15 +66,17 @@ class Seats:
         row: Where this one counts.
         limit: Streams in all; 0 is no limit.
         limit_per_client: Streams of one address; 0 is no limit.
+        limit_here: Streams of this worker; 0 is no limit.
 
     """
 
-    def __init__(self, tally: Tally, row: int, limit: int, limit_per_client: int) -> None:
+    def __init__(self, tally: Tally, row: int, limit: int, limit_per_client: int, limit_here: int = 0) -> None:
         self._counters = tally.counters
         self._starts = range(0, tally.rows * _ROW, _ROW)
         self._own = row * _ROW
         self._limit = limit
         self._limit_per_client = limit_per_client
+        self._limit_here = limit_here
 
     def take(self, client: str) -> str | None:
         """
@@ -79,6 +89,9 @@ class Seats:
         if self._limit and self._sum(0) > self._limit:
             self._add(client, -1)
             return f"all {self._limit} streams are taken (RELAY_MAX_CONNECTIONS)"
+        if self._limit_here and self._counters[self._own] > self._limit_here:
+            self._add(client, -1)
+            return f"the worker has descriptors for {self._limit_here} streams (LimitNOFILE, ulimit -n)"
         if self._limit_per_client and client:
             first, second = _cells(client)
             if min(self._sum(first), self._sum(second)) > self._limit_per_client:
@@ -98,6 +111,18 @@ class Seats:
 
     def _sum(self, cell: int) -> int:
         return sum(self._counters[start + cell] for start in self._starts)
+
+
+def descriptor_limit() -> int:
+    """Return how many descriptors this process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 2**20
+
+
+def shares(descriptors: int) -> tuple[int, int]:
+    """Return how many streams a process with so many descriptors may have, and how many connections without one."""
+    waiting = max(MIN_SHARE, min(descriptors // 8, MAX_WAITING))
+    return max(MIN_SHARE, descriptors - waiting - OWN_DESCRIPTORS), waiting
 
 
 def network_of(address: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import socket
 import time
-from typing import Any
+from typing import cast
 
+from tornado.httputil import HTTPServerRequest
 from tornado.ioloop import IOLoop
 from tornado.web import HTTPError
 
@@ -25,6 +25,7 @@ from .errors import (
     TokenError,
 )
 from .handlers import Relay, RelayHandler
+from .intake import Intake
 from .limits import network_of
 from .subscriber import Subscriber
 
@@ -47,8 +48,6 @@ class StreamHandler(RelayHandler):
     def initialize(self, relay: Relay) -> None:
         super().initialize(relay)
         self.gone = False
-        # The field of an event that is wrong.
-        self._field: str | None = None
 
     def on_connection_close(self) -> None:
         self.gone = True
@@ -146,7 +145,7 @@ class StreamHandler(RelayHandler):
         if not self.relay.keys:
             return EVERYBODY
         # The first that is there counts, and no other is tried in its place.
-        token = self.get_cookie("relay_token") or self._bearer or self.get_query_argument("token", "")
+        token = self.get_cookie("relay_token") or bearer(self.request) or self.get_query_argument("token", "")
         if not token:
             raise HTTPError(
                 401, log_message="no token; send one as cookie relay_token, Authorization: Bearer, or ?token="
@@ -159,11 +158,6 @@ class StreamHandler(RelayHandler):
             if not grant.allows(name):
                 raise HTTPError(403, "the token does not cover the channel %s", name)
         return grant
-
-    @property
-    def _bearer(self) -> str:
-        kind, _, token = self.request.headers.get("Authorization", "").partition(" ")
-        return token.strip() if kind.lower() == "bearer" else ""
 
     def _end(self, grant: Grant) -> float | None:
         """Return the loop's time at which the stream is to end, if it has to."""
@@ -212,31 +206,20 @@ class StreamHandler(RelayHandler):
         self.set_status(204)
 
     async def post(self, path_channel: str | None = None) -> None:
-        intake = self.relay.intake
-        if intake is None:
-            raise HTTPError(404, log_message="publishing over HTTP is not enabled; see RELAY_PUBLISH_TOKEN")
-        if not intake.admits(self._bearer):
-            raise HTTPError(401, log_message="publishing takes Authorization: Bearer with the publish token")
+        if refusal := publisher_refusal(self.relay, self.request):
+            raise refusal
         names = self._channels(path_channel)
         if len(names) > 1:
             raise HTTPError(400, "%d channels; an event goes to one", len(names))
         try:
-            await intake.publish(names[0], self.request.body)
+            await cast(Intake, self.relay.intake).publish(names[0], self.request.body)
         except EventError as exc:
-            self._field = exc.field
+            self.field = exc.field
             raise HTTPError(413 if isinstance(exc, PayloadTooLarge) else 400, "%s", exc) from exc
         except BrokerError as exc:
             raise HTTPError(503, "%s", exc) from exc
         self.clear_header("Content-Type")
         self.set_status(202)
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        if self.request.method != "POST":
-            super().write_error(status_code, **kwargs)
-            return
-        told = self.told(status_code, **kwargs)
-        self.set_header("Content-Type", "application/json")
-        self.finish(json.dumps({"error": told} | ({"field": self._field} if self._field else {})) + "\n")
 
     def _channels(self, path_channel: str | None) -> tuple[str, ...]:
         if path_channel is not None:
@@ -271,6 +254,21 @@ class StreamHandler(RelayHandler):
             self.relay.seats.release(_client(subscriber.address))
             seconds = IOLoop.current().time() - subscriber.opened_at
             log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, subscriber.reason)
+
+
+def publisher_refusal(relay: Relay, request: HTTPServerRequest) -> HTTPError | None:
+    """Return why the sender of ``request`` may not publish, or None if it may."""
+    if relay.intake is None:
+        return HTTPError(404, log_message="publishing over HTTP is not enabled; see RELAY_PUBLISH_TOKEN")
+    if not relay.intake.admits(bearer(request)):
+        return HTTPError(401, log_message="publishing takes Authorization: Bearer with the publish token")
+    return None
+
+
+def bearer(request: HTTPServerRequest) -> str:
+    """Return the token of the ``Authorization`` header (RFC 6750, section 2.1), or an empty text."""
+    kind, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else ""
 
 
 def _client(address: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .brokers.backoff import Backoff
 from .errors import SettingsError
-from .limits import Seats, Tally
+from .limits import Seats, Tally, descriptor_limit, shares
 from .process import SIGNALS, Process, died
 from .settings import Settings
 from .sockets import shown
@@ -158,7 +158,8 @@ class Supervisor:
         close += [listener.close for other in self.slots if other is not slot for listener in other.sockets]
         close += [partial(os.close, self._wake_read), partial(os.close, self._wake_write)]
         row = self.tally.take_row()
-        seats = Seats(self.tally, row, self.settings.max_connections, self.settings.max_connections_per_ip)
+        current, (here, _) = self.settings, shares(descriptor_limit())
+        seats = Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
         run = partial(self.run_worker, self.settings, slot.sockets, seats)
         try:
             process = Process(run, close, self.settings.drain_seconds)

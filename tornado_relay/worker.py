@@ -11,7 +11,6 @@ import socket
 from collections.abc import Callable
 from typing import Any, cast
 
-from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop, PeriodicCallback
 
 from .application import MAX_BODY, RelayApplication
@@ -23,6 +22,7 @@ from .intake import Intake
 from .limits import Seats
 from .publish import open_publisher
 from .replay import Replay
+from .server import Server
 from .settings import Settings
 from .streams import RETRY
 from .subscriber import Subscriber
@@ -124,15 +124,16 @@ class Worker:
             self.report(f"{self.reader.name} refused the connection: {refused}")
             return CANNOT_START
 
-        self.server = HTTPServer(
+        self.server = Server(
             RelayApplication(self.relay),
+            self.relay.waiting,
             idle_connection_timeout=REQUEST_SECONDS,
             body_timeout=REQUEST_SECONDS,
             max_header_size=MAX_HEADER,
             max_body_size=MAX_BODY,
             max_buffer_size=2 * MAX_BODY,
         )
-        self.server.add_sockets(self.sockets)
+        self.server.listen_on(self.sockets)
         self.report("")
         await asyncio.wait({*working, stopping}, return_when=asyncio.FIRST_COMPLETED)
         for task in working:
