@@ -1,17 +1,24 @@
-# make demo | test | lint | format
+# make demo | test | fuzz | lint | format
 
 PYTHON ?= python3
 PORT ?= 8001
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test fuzz lint format
 
 demo: $(VENV)/demo
 	@$(BIN)/sse-relay-server --embedded --debug --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV)/test
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Another seed at each time, and ten times as much of it as in the tests: a million requests in some minutes.
+fuzz: SEED ?= $(shell date +%s)
+fuzz: TIMES ?= 10
+fuzz: $(VENV)/test
+	@echo "To repeat this: make fuzz SEED=$(SEED) TIMES=$(TIMES)"
+	SSE_RELAY_FUZZ_SEED=$(SEED) SSE_RELAY_FUZZ_TIMES=$(TIMES) $(BIN)/pytest -n 2 tests/test_fuzz.py
 
 lint: $(VENV)/test
 	$(BIN)/ruff check
