@@ -1,0 +1,190 @@
+"""The unit on a real systemd, process 1 of namespaces of its own: installed as the README says, sandboxed as it stands."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+from pages import data_of
+from programs import program
+from relay import ROOT
+from servers import free_port, until
+from test_readme import block
+
+from tornado_relay.tokens import subscribe_token
+
+pytestmark = pytest.mark.heavy
+
+SECRET, TOKEN = "s" * 40, "p" * 40
+SYSTEMD = "/lib/systemd/systemd"
+NAMESPACES = ["--fork", "--kill-child", "--pid", "--mount-proc", "--mount", "--uts", "--ipc", "--cgroup"]
+RUNTIME = "/run/sse-relay-server"
+# Nothing of it touches the machine's own files: what is written goes to memory, and away with the namespaces. Of the
+# machine's services none is started; what the unit waits for is there.
+BOOT = """
+set -eu
+for folder in run tmp; do mount -t tmpfs tmpfs /$folder; done
+for folder in etc opt var; do
+    mkdir -p /run/over/$folder /run/work/$folder
+    mount -t overlay overlay -o lowerdir=/$folder,upperdir=/run/over/$folder,workdir=/run/work/$folder /$folder
+done
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir -p /tmp/source
+tar -C {root} --exclude=.venv --exclude=.git --exclude='*.egg-info' --exclude=build --exclude=tests -c . | tar -C /tmp/source -x
+cd /tmp/source
+{install}
+printf '%s\\n' {variables} >> /etc/sse-relay-server/.env
+mkdir -p /run/systemd/system/sse-relay-server.service.d
+ln -s /dev/null /run/systemd/system/network-online.target
+printf '[Unit]\\nDefaultDependencies=no\\n[Service]\\nStandardOutput=file:/run/log\\nStandardError=file:/run/log\\n' \\
+    > /run/systemd/system/sse-relay-server.service.d/test.conf
+printf '[Unit]\\nDefaultDependencies=no\\nWants=sse-relay-server.service\\n' > /run/systemd/system/test.target
+exec env -i container=test PATH="$PATH" {systemd} --system --unit=test.target --log-target=console --show-status=0
+"""
+
+
+class Machine:
+    """A booted systemd with the installed unit."""
+
+    def __init__(self, home, variables):
+        self.log_path = home / "boot.log"
+        commands = (
+            block("sh", "systemctl enable").replace("sudo ", "").replace("python3 -m venv", "/usr/bin/python3 -m venv")
+        )
+        commands = commands.replace('"sse-relay-server[', '"/tmp/source[').replace("pip install", "pip install --quiet")
+        assert "systemctl enable --now sse-relay-server" in commands
+        script = BOOT.format(
+            root=shlex.quote(str(ROOT)),
+            install="\n".join(line for line in commands.splitlines() if not line.startswith("systemctl")),
+            variables=" ".join(shlex.quote(f"{name}={value}") for name, value in variables.items()),
+            systemd=SYSTEMD,
+        )
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                [program("unshare"), *NAMESPACES, "bash", "-c", script],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def first(self):
+        """What is process 1 inside."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return until(children.read_text, "process 1").strip()
+
+    def run(self, *command):
+        """Run a command inside, as root, and return what it says."""
+        inside = ["nsenter", f"--target={self.first}", "--mount", "--pid", "--uts", "--ipc", "--wd=/"]
+        done = subprocess.run([*inside, *command], capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    def state(self, name):
+        return self.run("systemctl", "show", "--value", f"--property={name}", "sse-relay-server").strip()
+
+    def wait_active(self):
+        def active():
+            assert self.process.poll() is None, self.log_path.read_text()
+            assert self.state("ActiveState") != "failed", self.log
+            return self.state("ActiveState") == "active"
+
+        until(active, "the unit is active", 180)
+
+    @property
+    def log(self):
+        return self.run("cat", "/run/log")
+
+    def workers(self):
+        main = self.state("MainPID")
+        return self.run("cat", f"/proc/{main}/task/{main}/children").split()
+
+    def kill(self, *pids):
+        self.run("bash", "-c", f"kill -KILL {' '.join(pids)}")
+
+
+@pytest.fixture
+def machine(kept, tmp_path):
+    """One that listens on a port with PostgreSQL, and on a Unix socket in its runtime folder with Redis."""
+    probe = [program("unshare"), *NAMESPACES, "mount", "-t", "cgroup2", "cgroup2", "/sys/fs/cgroup"]
+    if not Path(SYSTEMD).exists() or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("systemd, and the right to make namespaces, are needed to boot it")
+    port, path = free_port(), RUNTIME + "/relay.sock" if kept.kind == "redis" else ""
+    variables = {**kept.environment, "RELAY_HTTP_PORT": port, "RELAY_UNIX_SOCKET": path, "RELAY_WORKERS": 2}
+    variables |= {"RELAY_JWT_SECRET": SECRET, "RELAY_PUBLISH_TOKEN": TOKEN, "RELAY_DRAIN_SECONDS": 1}
+    with Machine(tmp_path, variables) as machine:
+        machine.wait_active()
+        machine.port, machine.unix_socket = port, f"/proc/{machine.first}/root{path}" if path else ""
+        transport = httpx.HTTPTransport(uds=machine.unix_socket) if path else None
+        with httpx.Client(transport=transport, base_url=f"http://127.0.0.1:{port}") as machine.http:
+            yield machine
+
+
+def test_unit_as_it_stands(machine, kept, pages, channel):
+    """Streams, tokens, publishing, history, a killed worker, reload and stop, as an ordinary user who can write nowhere."""
+    cookie = {"Cookie": f"relay_token={subscribe_token(channel, ttl=10**5, key=SECRET)}"}
+    path = f"/channel={channel}"
+
+    def stream(last=""):
+        headers = cookie | ({"Last-Event-ID": last} if last else {})
+        (page,) = pages.open(machine.port, [path], headers, unix_socket=machine.unix_socket)
+        assert page.status == 200
+        return page
+
+    page = stream()
+    kept.publish(channel, "one")
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    assert machine.http.post(path, json={"data": "two"}, headers=bearer).status_code == 202
+    pages.until(lambda: data_of(page) == ["one", "two"], "both events")
+    assert machine.http.get(path).status_code == 401
+
+    # Who runs it, and what it may.
+    for pid in [machine.state("MainPID"), *machine.workers()]:
+        status = machine.run("cat", f"/proc/{pid}/status")
+        assert int(re.search(r"Uid:\s+(\d+)", status)[1]) > 60_000
+        for name, value in (("NoNewPrivs", "1"), ("Seccomp", "2"), ("CapEff", "0" * 16), ("CapBnd", "0" * 16)):
+            assert re.search(rf"{name}:\s+(\w+)", status)[1] == value
+        assert re.search(r"Max open files\s+(\d+)\s+\1 ", machine.run("cat", f"/proc/{pid}/limits"))
+    owner = re.search(r"Uid:\s+(\d+)", status)[1]
+
+    # Worker killed, reloaded: with the history nothing is missed.
+    for disturb in ("kill", "reload"):
+        before = machine.workers()
+        last = [event.id for event in page.events if event.id][-1]
+        if disturb == "kill":
+            machine.kill(*before)
+        else:
+            assert machine.run("systemctl", "reload", "sse-relay-server") == ""
+        kept.publish(channel, disturb)
+        until(
+            lambda before=before: len(machine.workers()) == 2 and not set(machine.workers()) & set(before), "new ones"
+        )
+        until(lambda: machine.http.get("/readyz").status_code == 200, "they serve")
+        page = stream(last)
+        pages.until(lambda page=page, disturb=disturb: data_of(page)[-1:] == [disturb], "what was missed")
+
+    # Restart=on-failure and the watchdog see to the rest.
+    assert machine.state("WatchdogTimestamp")
+    assert machine.state("NRestarts") == "0"
+    machine.kill(machine.state("MainPID"))
+    until(lambda: machine.state("NRestarts") == "1" and machine.state("ActiveState") == "active", "it is started again")
+    stream()
+
+    # All that is its own is in its runtime folder.
+    owned = machine.run("find", "/run", "/tmp", "/var", "/dev/shm", "/etc", "/opt", "-user", owner)
+    assert owned.split() == [RUNTIME, *([RUNTIME + "/relay.sock"] if machine.unix_socket else [])]
+    assert machine.run("systemctl", "stop", "sse-relay-server") == ""
+    assert (machine.state("ActiveState"), machine.state("Result")) == ("inactive", "success")
+    for trouble in ("Traceback", "Errno", "not permitted", "denied", "Read-only"):
+        assert trouble not in machine.log
