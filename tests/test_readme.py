@@ -70,13 +70,27 @@ def test_links_lead_to_files():
         for line in README.splitlines()
         if line.startswith("#")
     }
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
         for target in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text().replace("\n", " ")):
             file, _, anchor = target.replace(" ", "").partition("#")
             if not file.startswith("http"):
                 assert (ROOT / (file or name)).exists(), target
             if anchor:
                 assert anchor in headings, target
+
+
+def test_security_page_names_tests_and_settings_that_exist():
+    """Each row of its table has a test that shows it."""
+    page = (ROOT / "SECURITY.md").read_text()
+    tests = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))))
+    rows = [row for row in page.splitlines() if row.startswith("| ") and "shown by" not in row]
+    assert len(rows) > 10
+    for row in rows:
+        shown = re.findall(r"`(test_\w+)`", row.split(" | ")[3])
+        assert shown, row
+        assert set(shown) <= tests, row
+    variables = {field.metadata["variable"] for field in FIELDS}
+    assert set(re.findall(r"`((?:RELAY_|ALLOWED_)[A-Z_]+)`", page)) <= variables
 
 
 def test_installation_commands_name_extras_that_exist():
