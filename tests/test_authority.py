@@ -1,5 +1,7 @@
 """RELAY_AUTH_URL: the application says who may listen, asked over HTTP by a running relay."""
 
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -93,7 +95,7 @@ def test_application_gets_what_the_browser_sent(asking, application, redis_serve
     """Cookie, Authorization, the channels in their order, the address; the rest of the URL is as it was set."""
     headers = {**SESSION, "Authorization": "Basic aHVzaA==", "X-Forwarded-For": "6.6.6.6, 203.0.113.7"}
     (page,) = pages.open(asking.port, ["/events?channel=b%26c&channel=%C3%A4&channel=a&token=hush"], headers)
-    ((path, sent),) = application.asked
+    path, sent = application.asked[0]
     assert urlsplit(path).path == "/may-listen/"
     assert parse_qsl(urlsplit(path).query) == [("key", "1"), ("channel", "b&c"), ("channel", "ä"), ("channel", "a")]
     assert (sent["Cookie"], sent["Authorization"]) == (SESSION["Cookie"], "Basic aHVzaA==")
@@ -102,6 +104,8 @@ def test_application_gets_what_the_browser_sent(asking, application, redis_serve
     pages.until(lambda: page.events, "the event")
     assert page.status == 200
     pages.open(asking.port, ["/channel=x"])
+    pages.open(asking.port, ["/channel=y"], {"Cookie": "a=1\r\nCookie: b=2"})
+    assert application.asked[2][1]["Cookie"] == "a=1; b=2"
     assert not {"Cookie", "Authorization"} & set(application.asked[1][1].keys())
     assert "hush" not in asking.log
     assert "aHVzaA" not in asking.log
@@ -171,6 +175,74 @@ def test_application_that_is_not_there_is_a_soft_refusal(redis_server, tmp_path,
         (page,) = pages.open(relay.port, ["/channel=x"])
         stays_open(pages, page)
         application.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_worker_that_ends_while_it_asks_refuses_softly(asking, application, pages, number):
+    """An error would end the page's stream for good."""
+    application.gate.clear()
+    opened = [pages.add(Page(asking.port, "/channel=x", {"Cookie": str(n)})) for n in range(20)]
+    plain = pages.add(Page(asking.port, "/channel=x", {"Accept": "*/*"}))
+    until(lambda: application.at_work == CONCURRENT, "ten questions")
+    asking.signal(number)
+    pages.until(lambda: all(page.closed for page in [*opened, plain]), "their ends")
+    assert {page.status for page in opened} == {200}
+    assert all(page.parser.retry for page in opened)
+    assert "Traceback" not in asking.log
+
+
+def test_who_leaves_is_not_asked_about(asking, application, pages):
+    """Nor holds a seat: a flood of requests that nobody waits for is none for the application."""
+    application.gate.clear()
+    opened = [Page(asking.port, "/channel=x", {"Cookie": str(n)}, method=("GET", "HEAD")[n % 2]) for n in range(60)]
+    until(lambda: application.at_work == CONCURRENT, "ten questions")
+    for page in opened:
+        page.close()
+    late = pages.add(Page(asking.port, "/channel=x", SESSION))
+    application.gate.set()
+    pages.until(lambda: late.status, "the answer to who waits")
+    assert late.status == 200
+    assert len(application.asked) <= 2 * CONCURRENT
+
+
+def test_limit_counts_those_who_are_asked_about(application, redis_server, tmp_path, pages):
+    """One address asks no more than it may have streams, by HEAD neither."""
+    environment = redis_server.environment | {"RELAY_AUTH_URL": application.url}
+    application.gate.clear()
+    with Relay(tmp_path, "--workers", "1", "--max-connections-per-ip", "3", **environment) as relay:
+        opened = [
+            pages.add(Page(relay.port, "/channel=x", {"Cookie": str(n)}, method=("GET", "HEAD")[n % 2]))
+            for n in range(9)
+        ]
+        pages.until(lambda: sum(page.closed for page in opened) == 6, "six are refused")
+        until(lambda: len(application.asked) == 3, "three questions")
+        application.gate.set()
+        pages.until(lambda: all(page.status == 200 for page in opened), "the others are let in")
+
+
+def test_answer_that_is_no_http_is_a_soft_refusal(redis_server, tmp_path, pages):
+    """Headers without end, another protocol, nothing at all."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        flags = ("--workers", "1", "--auth-url", f"http://127.0.0.1:{server.getsockname()[1]}/")
+        with Relay(tmp_path, *flags, **redis_server.environment) as relay:
+            for answer in (
+                b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000,
+                b"SSH-2.0\r\n\r\n",
+                b"HTTP/1.1 abc\r\n\r\n",
+                b"",
+            ):
+                page = pages.add(Page(relay.port, "/channel=x"))
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    try:
+                        connection.sendall(answer)
+                    except ConnectionError:
+                        pass  # it has seen enough
+                    connection.shutdown(socket.SHUT_RDWR)
+                pages.until(lambda page=page: page.closed, "its end")
+                assert (page.status, bool(page.parser.retry)) == (200, True)
+            assert "Traceback" not in relay.log
 
 
 def test_those_who_ask_alike_share_an_answer(asking, application, pages):

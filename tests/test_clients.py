@@ -16,7 +16,7 @@ from programs import program
 from relay import Relay
 from servers import until
 
-from tornado_relay.streams import NO_HISTORY
+from tornado_relay.visit import NO_HISTORY
 
 EVENTS = [
     {"event": "NEW_NOTIFICATION", "id": 1, "data": {"message": "A new notification"}},

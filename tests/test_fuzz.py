@@ -50,7 +50,7 @@ def test_no_request_breaks_a_relay(kept, tmp_path, pages, guarded):
         unharmed(relay, workers)
     assert set(attacker.statuses) <= DOCUMENTED
     # It was not all rubbish.
-    assert all(attacker.statuses[status] > 100 for status in (200, 202, 204, 400, 401, 403, 404, 405))
+    assert all(attacker.statuses[status] > 20 for status in (200, 202, 204, 400, 401, 403, 404, 405))
 
 
 def test_no_payload_on_postgres_breaks_a_relay(kept_postgres, tmp_path, pages, channel):

@@ -10,11 +10,11 @@ from servers import free_port
 from tornado_relay.application import RelayApplication
 from tornado_relay.brokers.reader import Reader
 from tornado_relay.brokers.redis.listener import RedisListener
-from tornado_relay.handlers import Relay
 from tornado_relay.hub import Hub
 from tornado_relay.limits import Seats, Tally
+from tornado_relay.relay import Relay
 from tornado_relay.settings import Settings
-from tornado_relay.streams import MAX_CHANNELS
+from tornado_relay.visit import MAX_CHANNELS
 
 ORIGIN = "https://shop.example"
 
@@ -38,7 +38,9 @@ def relay(io_loop, settings, redis_url):
         first = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(reader.run(first.set_result))
         await first
-        return Relay(settings, hub, reader, Seats(Tally(1), 0, 0, 0)), task
+        relay = Relay(settings, hub, reader, Seats(Tally(1), 0, 0, 0))
+        relay.poller.start()
+        return relay, task
 
     async def end():
         task.cancel()

@@ -133,6 +133,29 @@ def test_event_over_the_brokers_limit_is_a_413(postgres_server, tmp_path, channe
         assert "init-db" in refused.json()["error"]
 
 
+def test_event_is_answered_for_while_the_worker_ends(home, tmp_path, pages, channel):
+    """By 503, if it is not known whether the broker has it: never by 500."""
+    folder = home / f"ends-{channel}"
+    folder.mkdir(mode=0o755)
+    server = RedisServer(folder)
+    try:
+        flags = ("--workers", "1", "--heartbeat", "1")
+        with (
+            Relay(tmp_path, *flags, **server.environment, RELAY_PUBLISH_TOKEN=TOKEN) as relay,
+            ThreadPoolExecutor(1) as executor,
+        ):
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            server.process.send_signal(signal.SIGSTOP)
+            answer = executor.submit(post, relay, f"/channel={channel}", {"data": "x"})
+            pages.until(lambda: page.body.count(b":\n\n") > 2, "heartbeats, and the event has been read before them")
+            relay.signal(signal.SIGTERM)
+            assert answer.result().status_code == 503
+            assert "Traceback" not in relay.log
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        server.stop()
+
+
 def test_body_that_is_too_large_is_not_read(relay, channel):
     """The answer comes before it is sent."""
     with socket.create_connection(("127.0.0.1", relay.port)) as connection:
@@ -153,8 +176,9 @@ def test_who_may_not_publish_is_told_whatever_the_size(relay, channel, size):
         assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
-def test_body_of_a_stranger_takes_no_memory(relay, channel):
-    """60 MB that are sent by those who may not publish leave the worker as it was."""
+@pytest.mark.parametrize("length", ["1000001", "1000001, 1000001", "0" * 25 + "1000001"])
+def test_body_of_a_stranger_takes_no_memory(relay, channel, length):
+    """60 MB that are sent by those who may not publish leave the worker as it was, in whatever form they say so."""
 
     def resident():
         (worker,) = relay.workers()
@@ -165,7 +189,7 @@ def test_body_of_a_stranger_takes_no_memory(relay, channel):
     with ExitStack() as stack:
         for _ in range(60):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", relay.port)))
-            head = f"POST /channel={channel} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000001\r\n\r\n"
+            head = f"POST /channel={channel} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
             connection.sendall(head.encode() + b"x" * 1_000_000)
         assert post(relay, f"/channel={channel}", {"data": "x"}).status_code == 202
         assert resident() - before < 30_000_000

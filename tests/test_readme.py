@@ -15,7 +15,7 @@ from servers import execute, until
 from tornado_relay.cli import main
 from tornado_relay.events import KEYS
 from tornado_relay.settings import FIELDS
-from tornado_relay.streams import MAX_CHANNELS
+from tornado_relay.visit import MAX_CHANNELS
 
 README = (ROOT / "README.md").read_text()
 EXTRAS = {"postgres", "redis", "jwt", "metrics", "django", "embedded", "test"}

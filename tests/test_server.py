@@ -1,6 +1,7 @@
 """Connections that send no request, or half of one, and those that are one too many."""
 
 import itertools
+import re
 import resource
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from programs import program
 from relay import COMMAND, Relay
 from servers import PATIENCE, until
 
-from tornado_relay.server import Waiting
+from tornado_relay.waiting import Waiting
 from tornado_relay.worker import REQUEST_SECONDS
 
 TOKEN = "p" * 40
@@ -25,6 +26,7 @@ HALVES = (
     b"GET /channel=x HTTP/1.1\r\nHost: relay\r\n",
     b"GET /channel=x HTTP/1.1\r\nHost: relay\r\nX: " + b"x" * 2000,
     b"POST /channel=x HTTP/1.1\r\nHost: relay\r\nContent-Length: 100\r\n\r\n",
+    b"POST /channel=x HTTP/1.1\r\nHost: relay\r\nContent-Length: 100,100\r\n\r\n{",
     b"POST /channel=x HTTP/1.1\r\nHost: relay\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
     b"POST /channel=x HTTP/1.1\r\nHost: relay\r\nAuthorization: Bearer "
     + TOKEN.encode()
@@ -48,10 +50,10 @@ def test_oldest_of_those_who_wait_makes_room():
     """Those who have got their request served are not among them."""
     waiting, connections = Waiting(2), [Connection() for _ in range(5)]
     for now, connection in enumerate(connections[:2]):
-        waiting.add(connection, now)
+        waiting.add(connection, now, connection.close)
     waiting.discard(connections[0])
     for now, connection in enumerate(connections[2:], 2):
-        waiting.add(connection, now)
+        waiting.add(connection, now, connection.close)
     assert [connection.closed for connection in connections] == [False, True, True, False, False]
     assert [waiting.close_oldest(before) for before in (2, 3, 3, 4, 5)] == [False, True, False, True, False]
     waiting.discard(connections[4])
@@ -159,3 +161,88 @@ def test_no_descriptor_left(redis_server, tmp_path, pages, connect):
         pages.until(lambda: late.status == 200, "its turn")
         assert relay.log.count("cannot be accepted") == 1
         assert "Traceback" not in relay.log
+
+
+def test_answers_that_nobody_reads_hold_no_connection(redis_server, tmp_path, narrow):
+    """Whoever sends requests and reads nothing makes room for others like all who wait, and is given up in the end."""
+    request = b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n" * 2000
+    with (
+        Relay(tmp_path, "--workers", "1", "--debug", command=narrow, **redis_server.environment) as relay,
+        ExitStack() as stack,
+    ):
+        jammed = []
+        for _ in range(100):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", relay.port))
+            connection.setblocking(False)
+            connection.send(request)
+            jammed.append(connection)
+        assert httpx.get(f"{relay.url}/healthz", timeout=PATIENCE).status_code == 200
+        (worker,) = relay.workers()
+
+        def descriptors():
+            return len(list(Path(f"/proc/{worker}/fd").iterdir()))
+
+        until(lambda: descriptors() < 64 + 40, "the oldest have made room")
+        until(lambda: descriptors() < 40, "the others are given up", REQUEST_SECONDS + PATIENCE)
+        assert "Traceback" not in relay.log
+
+
+# As browsers, Node.js' and Python's EventSource send it, and what a user may make of it.
+TAKEN = [
+    ("/channel=x", {}),
+    ("/channel=caf%C3%A9%20%2B+a/b", {"Last-Event-ID": "é 1"}),
+    ("/channel=a?last_event_id=none&channel=b", {"Origin": "https://shop.example", "Cookie": 'a=b; c="d e"'}),
+    ("/events?channel=a&channel=b%2Fc&channel=a", {"User-Agent": "x", "X-Empty": "", "Accept-Language": "de,en;q=0.5"}),
+    (
+        "/events?last_event_id=earliest&channel=x+y",
+        {"Authorization": "Basic x", "X-Forwarded-For": "1.2.3.4, 10.0.0.1"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "headers"), TAKEN)
+def test_short_way_and_long_way_open_the_same_stream(kept, tmp_path, pages, path, headers):
+    """A request that is read by us, and the same one with a header that leaves it to Tornado."""
+    environment = kept.environment | {"RELAY_TRUSTED_PROXIES": "127.0.0.1", "ALLOWED_ORIGINS": "https://shop.example"}
+    with Relay(tmp_path, "--workers", "1", **environment) as relay:
+        short, long = pages.open(relay.port, [path], headers) + pages.open(
+            relay.port, [path], headers | {"Upgrade": "x"}
+        )
+        pages.until(lambda: short.body.count(b"\n\n") and long.body.count(b"\n\n"), "their first blocks")
+        assert (short.status, short.headers.keys()) == (200, long.headers.keys())
+        shape = re.compile(rb"retry: \d+|Date: [^\r]*")
+        assert shape.sub(b"", short.body) == shape.sub(b"", long.body)
+        opened = until(
+            lambda: len(said := re.findall(r"stream opened: (.*)", relay.log)) == 2 and said, "both are in the log"
+        )
+        assert opened[0] == opened[1]
+
+
+REFUSED = [
+    ("/channel=x", {"Origin": "https://evil.example"}, 403),
+    ("/channel=x", {"Origin": "null"}, 403),
+    ("/channel=%0A", {}, 400),
+    ("/channel=%ff", {}, 400),
+    ("/events?channel=%ff", {}, 400),
+    ("/events?chan=x", {}, 400),
+    ("/channel=", {}, 400),
+    ("/channel=x?last_event_id=%ff", {}, 400),
+    ("/channel=x", {"Content-Length": "5"}, 400),
+    ("/channel=x", {"Transfer-Encoding": "chunked"}, 400),
+]
+
+
+@pytest.mark.parametrize(("path", "headers", "status"), REFUSED)
+def test_short_way_refuses_nothing_by_itself(redis_server, tmp_path, pages, path, headers, status):
+    """Whoever may not have a stream is told why, and by whom it always was."""
+    with Relay(
+        tmp_path, "--workers", "1", "--allowed-origins", "https://shop.example", **redis_server.environment
+    ) as relay:
+        page = pages.add(Page(relay.port, path, headers))
+        if status == 400 and headers:
+            page.socket.send(b"0\r\n\r\n")
+        pages.until(lambda: page.status and page.body.endswith(b"\n"), "the answer")
+        assert page.status == status
+        assert "stream opened" not in relay.log

@@ -127,6 +127,8 @@ def test_redis_wins_unless_use_pg(environ, broker):
         ({"REDIS_URL": "redis://:sec:ret@r:0/0"}, "REDIS_URL cannot be read"),
         ({"RELAY_AUTH_URL": "http://u:secret@h/may-listen/"}, "RELAY_AUTH_URL: the value is not the URL"),
         ({"RELAY_AUTH_URL": "//h/?secret"}, "RELAY_AUTH_URL: the value is not the URL"),
+        ({"RELAY_AUTH_URL": "http://h:/?secret"}, "RELAY_AUTH_URL: the value is not the URL"),
+        ({"RELAY_AUTH_URL": "http://a..b/?secret"}, "RELAY_AUTH_URL: the value is not the URL"),
         ({"RELAY_AUTH_URL": "http://h:x/?secret"}, "RELAY_AUTH_URL: the value is not the URL"),
         ({"RELAY_AUTH_URL": "http://h/?secret#x"}, "RELAY_AUTH_URL: the value is not the URL"),
         ({"RELAY_AUTH_URL": "http://h/?secret \u00e9"}, "percent-encoded"),

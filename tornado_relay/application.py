@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
 from . import access
-from .handlers import HealthHandler, InspectorHandler, NotFoundHandler, ReadyHandler, Relay, RelayHandler
+from .handlers import HealthHandler, InspectorHandler, NotFoundHandler, ReadyHandler, RelayHandler
+from .relay import Relay
 from .streams import StreamHandler, publisher_refusal
 
 MAX_BODY = 1_048_576
@@ -31,7 +33,7 @@ class UnreadHandler(RelayHandler):
         self.refusal = refusal
 
     def prepare(self) -> None:
-        length = _length(self.request)
+        length = _length(self.request) or 0
         self.request.connection.set_max_body_size(max(length, MAX_SKIPPED))  # type: ignore[union-attr]
         if length > MAX_SKIPPED:
             raise self.refusal
@@ -80,6 +82,8 @@ class RelayApplication(Application):
     def _refusal(self, request: HTTPServerRequest) -> HTTPError | None:
         """Return why the body that comes with ``request`` is not to be kept in memory, if there is one."""
         length = _length(request)
+        if length is None:
+            return HTTPError(400, log_message="Content-Length is not one plain number")
         if not length and "Transfer-Encoding" not in request.headers:
             return None
         if request.method != "POST":
@@ -90,9 +94,10 @@ class RelayApplication(Application):
         return HTTPError(413, "the body has more than %d bytes", MAX_BODY) if length > MAX_BODY else None
 
 
-def _length(request: HTTPServerRequest) -> int:
-    length = request.headers.get("Content-Length", "")
-    return int(length[:20]) if length.isdecimal() else 0
+def _length(request: HTTPServerRequest) -> int | None:
+    """Return the body's length; None where it is in a form that Tornado may take for a number and we do not."""
+    length = request.headers.get("Content-Length", "0")
+    return int(length) if re.fullmatch("0|[1-9][0-9]{0,18}", length, re.ASCII) else None
 
 
 def _log_nothing(handler: HTTPServerRequest | RequestHandler) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import logging
-from functools import partial
 from typing import NamedTuple
 from urllib.parse import urlencode
 
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.httputil import HTTPHeaders
 from tornado.ioloop import IOLoop
+from tornado.iostream import UnsatisfiableReadError
 from tornado.simple_httpclient import SimpleAsyncHTTPClient
 
 from . import __version__
@@ -41,6 +42,15 @@ class Question(NamedTuple):
     """The client's; empty if it has none."""
 
 
+@dataclasses.dataclass
+class _Asking:
+    """A question that is asked, or was a moment ago."""
+
+    answer: asyncio.Task[int]
+    askers: int = 0
+    """How many wait for the answer."""
+
+
 class Authority:
     """
     Asks the application, and keeps its answers for a moment.
@@ -56,8 +66,9 @@ class Authority:
     def __init__(self, url: str) -> None:
         self._url = url + ("&" if "?" in url else "?")
         self._client = SimpleAsyncHTTPClient(force_instance=True, max_clients=CONCURRENT)
-        # Digests, since what a client sends may be long.
-        self._answers: dict[bytes, asyncio.Task[int]] = {}
+        # By digests, since what a client sends may be long.
+        self._asked: dict[bytes, _Asking] = {}
+        self._free = asyncio.Semaphore(CONCURRENT)
         self._quiet_until = 0.0
 
     async def ask(self, question: Question) -> int:
@@ -69,17 +80,30 @@ class Authority:
 
         """
         key = hashlib.sha256(repr(question).encode()).digest()
-        answer = self._answers.get(key)
-        if answer is None:
-            answer = self._answers[key] = asyncio.create_task(self._ask(question))
-            answer.add_done_callback(partial(self._answered, key))
-        return await answer
+        asking = self._asked.get(key)
+        if asking is None:
+            asking = self._asked[key] = _Asking(asyncio.create_task(self._when_free(key, question)))
+            asking.answer.add_done_callback(lambda answer: self._answered(key, answer))
+        asking.askers += 1
+        try:
+            # Shielded: the others go on waiting when one of them leaves.
+            return await asyncio.wait_for(asyncio.shield(asking.answer), TIMEOUT)
+        except asyncio.TimeoutError as exc:
+            raise self._failed(f"does not answer within {TIMEOUT:.0f} s") from exc
+        finally:
+            asking.askers -= 1
 
     def _answered(self, key: bytes, answer: asyncio.Task[int]) -> None:
         if answer.cancelled() or answer.exception():
-            del self._answers[key]
+            del self._asked[key]
         else:
-            IOLoop.current().call_later(FRESH_SECONDS, self._answers.pop, key)
+            IOLoop.current().call_later(FRESH_SECONDS, self._asked.pop, key)
+
+    async def _when_free(self, key: bytes, question: Question) -> int:
+        async with self._free:
+            if not self._asked[key].askers:
+                raise AuthorityUnavailable("nobody waits for the answer any more")
+            return await self._ask(question)
 
     async def _ask(self, question: Question) -> int:
         headers = HTTPHeaders()
@@ -100,10 +124,11 @@ class Authority:
             follow_redirects=False,
             # Its body says nothing.
             streaming_callback=lambda _: None,
+            decompress_response=False,
         )
         try:
             status = (await self._client.fetch(request, raise_error=False)).code
-        except (HTTPClientError, OSError) as exc:
+        except (HTTPClientError, OSError, ValueError, UnsatisfiableReadError) as exc:
             raise self._failed(f"does not answer: {exc}") from exc
         if 200 <= status < 300 or status in REFUSALS:
             return status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import json
 import logging
 from pathlib import Path
@@ -12,76 +11,11 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
 from . import __version__, access
-from .authority import Authority
-from .brokers.reader import Reader
-from .hub import Hub
-from .intake import Intake
-from .limits import Seats, descriptor_limit, shares
-from .replay import Replay
-from .server import Waiting
-from .settings import Settings
-from .tokens import keys_of
+from .relay import Relay
 
 log = logging.getLogger(__name__)
 
 _STATIC = Path(__file__).parent / "static"
-
-
-class Relay:
-    """What the handlers of one worker share."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        hub: Hub,
-        reader: Reader,
-        seats: Seats,
-        *,
-        replay: Replay | None = None,
-        intake: Intake | None = None,
-    ) -> None:
-        self.settings = settings
-        self.hub = hub
-        self.reader = reader
-        self.seats = seats
-        # None where no history is to be used.
-        self.replay = replay
-        # None where nobody may publish over HTTP.
-        self.intake = intake
-        self.origins = access.Origins(settings.allowed_origins)
-        self.proxies = access.Proxies(settings.trusted_proxies)
-        # Without any key and authority, the relay is open to all; with both, both must let a client in.
-        self.keys = keys_of(settings)
-        self.authority = Authority(settings.auth_url) if settings.auth_url else None
-        # Set at the start of a drain: no stream is opened from then on.
-        self.draining = False
-        _, waiting = shares(descriptor_limit())
-        self.waiting = Waiting(waiting)
-        self._heads: dict[str | None, bytes] = {}
-
-    @property
-    def trouble(self) -> str | None:
-        """Why no stream can be opened now, or None if one can."""
-        if self.draining:
-            return "the worker is draining"
-        return f"{self.reader.name}: {self.reader.trouble}" if self.reader.trouble else None
-
-    def head(self, origin: str | None) -> bytes:
-        """Return status line and headers of a stream. The end of the connection ends it, so every client can read it."""
-        origin = None if self.origins.any else origin
-        head = self._heads.get(origin)
-        if head is None:
-            headers = {
-                "Server": f"sse-relay-server/{__version__}",
-                "Content-Type": "text/event-stream",
-                "Cache-Control": "no-store, no-transform",
-                "X-Accel-Buffering": "no",
-                "Connection": "close",
-                **self.origins.headers(origin),
-            }
-            lines = ["HTTP/1.1 200 OK", *(f"{name}: {value}" for name, value in headers.items())]
-            head = self._heads[origin] = "\r\n".join(lines).encode("latin-1")
-        return b"%b\r\nDate: %b\r\n\r\n" % (head, email.utils.formatdate(usegmt=True).encode())
 
 
 class RelayHandler(RequestHandler):
@@ -99,7 +33,6 @@ class RelayHandler(RequestHandler):
         self.set_header("Cache-Control", "no-store")
 
     def prepare(self) -> None:
-        self.relay.waiting.discard(self.request.server_connection)
         if not self.relay.origins.admits(self.origin):
             raise HTTPError(
                 403, reason="Forbidden", log_message="pages of this origin may not connect; see ALLOWED_ORIGINS"
@@ -130,11 +63,12 @@ class RelayHandler(RequestHandler):
         error = kwargs.get("exc_info", (None, None))[1]
         return error.log_message % error.args if isinstance(error, HTTPError) and error.log_message else self._reason
 
-    async def answer_and_close(self, data: bytes) -> None:
+    def answer_and_close(self, data: bytes) -> None:
         """Send ``data``, status line and headers included, and close the connection."""
         stream = self.detach()
         try:
-            await stream.write(data)
+            # It has room for that, or else an answer before it was not read: nobody is waited for.
+            stream.write(data)
         except StreamClosedError:
             pass  # the client did not wait
         stream.close()

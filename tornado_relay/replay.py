@@ -325,7 +325,8 @@ class Replay:
 
     def _give(self, stream: Stream, given: Part) -> None:
         gaps = tuple(name for name, through in given.gaps.items() if through > stream.told.get(name, -1))
-        stream.told |= given.gaps
+        if given.gaps:
+            stream.told = {**stream.told, **given.gaps}
         if gaps and stream.position >= 0:  # one that takes what there is misses nothing
             stream.send(events.stream_reset("pruned-id", gaps))
         if given.data:

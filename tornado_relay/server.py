@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPMessageDelegate
 from tornado.ioloop import IOLoop
 from tornado.iostream import IOStream
+
+from .access import UNIX
+from .entry import MAX_HEAD, Entry
+from .poller import Poller
+from .waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -23,42 +29,40 @@ PAUSE_SECONDS = 0.5
 QUIET_SECONDS = 60.0
 
 
-class Waiting:
-    """
-    The connections that have not sent the whole of a request, oldest first.
+class Arrival:
+    """A connection on which nothing has come yet; a `poller.Watcher`."""
 
-    Whoever opens connections and sends half a request takes the places of others who do: a request that comes in one
-    piece is served at once, and is not among them.
+    __slots__ = ("_arrived", "_poller", "_waiting", "address", "connection")
 
-    Args:
-        limit: How many there may be.
+    def __init__(
+        self,
+        connection: socket.socket,
+        address: Any,
+        poller: Poller,
+        waiting: Waiting,
+        arrived: Callable[[socket.socket, Any], None],
+    ) -> None:
+        self.connection = connection
+        self.address = address
+        self._poller = poller
+        self._waiting = waiting
+        self._arrived = arrived
+        poller.watch(connection.fileno(), self)
+        waiting.add(self, IOLoop.current().time(), self.close)
 
-    """
+    def readable(self) -> None:
+        """See `poller.Watcher`."""
+        self._waiting.discard(self)
+        self._poller.forget(self.connection.fileno())
+        self._arrived(self.connection, self.address)
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        # Since when each waits.
-        self._connections: dict[Any, float] = {}
+    def writable(self) -> None:
+        """Nobody asks for it."""
 
-    def add(self, connection: Any, now: float) -> None:
-        """Let ``connection`` wait, and close the oldest if that is one too many."""
-        self.discard(connection)
-        self._connections[connection] = now
-        if len(self._connections) > self._limit:
-            self.close_oldest(now)
-
-    def discard(self, connection: Any) -> None:
-        """Forget a connection that has a request, or has ended."""
-        self._connections.pop(connection, None)
-
-    def close_oldest(self, before: float) -> bool:
-        """Close the one that has waited for longest, and return True, if it has since ``before`` or earlier."""
-        oldest = next(iter(self._connections), None)
-        if oldest is None or self._connections[oldest] > before:
-            return False
-        del self._connections[oldest]
-        oldest.stream.close()
-        return True
+    def close(self) -> None:
+        """Give it up."""
+        self._poller.forget(self.connection.fileno())
+        self.connection.close()
 
 
 class Server(HTTPServer):
@@ -69,13 +73,19 @@ class Server(HTTPServer):
 
     Args:
         waiting: Where connections wait for their request.
+        poller: What watches those of which nothing has come.
+        entry: Takes what it can; the rest is for the application.
 
     """
 
-    def initialize(self, application: Any, waiting: Waiting, **options: Any) -> None:  # type: ignore[override]
+    def initialize(  # type: ignore[override]
+        self, application: Any, waiting: Waiting, poller: Poller, entry: Entry, **options: Any
+    ) -> None:
         """See `tornado.httpserver.HTTPServer`, whose constructor this is (`tornado.util.Configurable`)."""
         super().initialize(application, **options)
         self._waiting = waiting
+        self._poller = poller
+        self._entry = entry
         self._listeners: list[socket.socket] = []
         self._quiet_until = 0.0
 
@@ -91,15 +101,21 @@ class Server(HTTPServer):
             listener.close()
         self._listeners = []
 
-    def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:
+    def start_request(self, server_conn: Any, request_conn: Any) -> HTTPMessageDelegate:
         """See `tornado.httputil.HTTPServerConnectionDelegate`."""
-        self._waiting.add(server_conn, IOLoop.current().time())
+        if not server_conn.stream.closed():  # Tornado looks for the next request of a closed one too
+            self._waiting.add(server_conn, IOLoop.current().time(), server_conn.stream.close)
         return super().start_request(server_conn, request_conn)
 
     def on_close(self, server_conn: object) -> None:
         """See `tornado.httputil.HTTPServerConnectionDelegate`."""
         self._waiting.discard(server_conn)
         super().on_close(server_conn)
+
+    def expire(self, before: float) -> None:
+        """Give up those who have waited since ``before``."""
+        while self._waiting.close_oldest(before):
+            pass
 
     def _accept_from_now(self) -> None:
         for listener in self._listeners:
@@ -118,6 +134,21 @@ class Server(HTTPServer):
             except OSError as exc:
                 self._no_room(exc)
                 return
+            self._arrived(connection, address)
+
+    def _arrived(self, connection: socket.socket, address: Any) -> None:
+        """Serve the request that has come, or begun to."""
+        try:
+            data = connection.recv(MAX_HEAD, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            Arrival(connection, address, self._poller, self._waiting, self._arrived)
+            return
+        except OSError:
+            data = b""
+        peer = address[0] if isinstance(address, tuple) else UNIX
+        if not data:
+            connection.close()
+        elif not self._entry.take(connection, data, peer):
             self.handle_stream(IOStream(connection, max_buffer_size=self.max_buffer_size), address)
 
     def _no_room(self, error: OSError) -> None:

@@ -1,27 +1,41 @@
-"""One open stream: it owns the writing to its socket.
+"""One open stream: it owns its socket, and all writing to it.
 
-A frame goes to the socket at once when nothing waits before it, and into the stream's buffer otherwise.
-There is no task, timer or queue of a subscriber's own.
+A frame goes to the socket at once when nothing waits before it, and into the stream's queue otherwise. There is no
+task, timer or buffer of a subscriber's own as long as its client reads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import socket
+from collections import deque
 from collections.abc import Callable
 
-from tornado.iostream import IOStream, StreamBufferFullError, StreamClosedError
+from .poller import Poller
 
 log = logging.getLogger(__name__)
 
-# A page has nothing to say after its request; this much of what a client sends is kept, then it is cut.
+# A page has nothing to say after its request; one that sends more than this is cut.
 MAX_UNREAD = 4096
+# Pieces that one system call takes; the kernel's limit is 1,024 (IOV_MAX).
+PIECES = 64
+
+_NOTHING: dict[str, int] = {}
 
 
 class Subscriber:
-    """A `hub.Sink` on an `IOStream` that has been detached from its HTTP connection."""
+    """A `hub.Sink`, and a `poller.Watcher` of its socket."""
 
     __slots__ = (
+        "_drained",
+        "_poller",
+        "_queue",
+        "_queued",
+        "_room",
+        "_socket",
+        "_unread",
         "address",
         "audible",
         "buffer",
@@ -31,7 +45,6 @@ class Subscriber:
         "opened_at",
         "position",
         "reason",
-        "stream",
         "told",
     )
 
@@ -53,31 +66,33 @@ class Subscriber:
         # See `hub.Sink`.
         self.position = 0
         # Up to where it has been told of what is pruned, by channel.
-        self.told: dict[str, int] = {}
+        self.told = _NOTHING
         # None until `open`: what is delivered before the head is out was published before the page
-        # could know that it is subscribed, and is not sent.
-        self.stream: IOStream | None = None
-        self.buffer = 0
-        self.opened_at = 0.0
+        # could know that it is subscribed, and is not sent. And None again from its end on.
+        self._socket: socket.socket | None = None
+        # What waits to be written; None when nothing does.
+        self._queue: deque[memoryview] | None = None
+        self._queued = 0
+        # How much may wait.
+        self._room = 0
+        self._unread = 0
+        # Resolved when nothing waits any more.
+        self._drained: asyncio.Future[None] | None = None
         # Why the stream was closed from our side, for the log.
         self.reason = "closed by the client"
 
-    def open(self, stream: IOStream, head: bytes, buffer: int, now: float) -> bool:
+    def open(self, connection: socket.socket, poller: Poller, head: bytes, buffer: int, now: float) -> None:
         """
-        Send the head and deliver from now on; return False if the client has gone already.
+        Send the head and deliver from now on; ``connection`` is this stream's own.
 
         ``buffer`` is how many bytes may wait for a slow reader before it is cut.
         """
-        self.stream = stream
+        self._socket = connection
+        self._poller = poller
         self.opened_at = now
         self.buffer = buffer
-        stream.max_buffer_size = MAX_UNREAD
-        # A stream that is closed before it has a callback never calls one.
-        stream.set_close_callback(self._closed)
-        if stream.closed():
-            return False
+        poller.watch(connection.fileno(), self)
         self.send(head)
-        return True
 
     def send(self, data: bytes) -> None:
         """
@@ -86,54 +101,96 @@ class Subscriber:
         What comes when nothing waits is taken whatever its size, and leaves room for as much behind it as a
         reader may be behind. Large pieces wait as views of bytes that all streams share.
         """
-        stream = self.stream
-        if stream is None or stream.closed():
+        if self._socket is None:
             return
-        try:
-            if not stream.writing():
-                try:
-                    sent = stream.write_to_fd(memoryview(data))
-                except BlockingIOError:
-                    sent = 0
-                if sent == len(data):
-                    return
-                stream.max_write_buffer_size = self.buffer + len(data) - sent
-                stream.write(memoryview(data)[sent:])
-            else:
-                stream.write(data)
-        except StreamBufferFullError:
+        if self._queue is None:
+            try:
+                sent = self._socket.send(data, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._close()
+                return
+            if sent < len(data):
+                self._queue = deque([memoryview(data)[sent:]])
+                self._queued = len(data) - sent
+                self._room = self.buffer + self._queued
+                self._poller.want_writable(self._socket.fileno(), True)
+        elif self._queued + len(data) > self._room:
             self.cut()
-        except StreamClosedError:
-            pass
-        except OSError as exc:
-            stream.close(exc)
+        else:
+            self._queue.append(memoryview(data))
+            self._queued += len(data)
 
     def drained(self) -> asyncio.Future[None] | None:
         """Return what resolves when nothing waits to be written, or None if nothing does."""
-        stream = self.stream
-        if stream is None or stream.closed() or not stream.writing():
+        if self._queue is None:
             return None
-        try:
-            return stream.write(b"")
-        except StreamClosedError:
-            return None
+        if self._drained is None:
+            self._drained = asyncio.get_running_loop().create_future()
+        return self._drained
 
     def cut(self) -> None:
         """End the stream of a reader that does not keep up, so that it costs no other stream anything."""
         self.reason = "cut: it read too slowly"
         log.info("cutting a slow reader: %s", self)
-        if self.stream:
-            self.stream.close()
+        self._close()
 
     def end(self, reason: str, retry: int) -> None:
         """Close the stream; its page comes back after ``retry`` milliseconds."""
         self.reason = reason
         self.send(b"retry: %d\n\n" % retry)
-        if self.stream:
-            self.stream.close()
+        self._close()
 
-    def _closed(self) -> None:
-        self.on_close(self)
+    def readable(self) -> None:
+        """See `poller.Watcher`."""
+        if self._socket is None:
+            return
+        try:
+            data = self._socket.recv(MAX_UNREAD, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._unread += len(data)
+        if not data or self._unread > MAX_UNREAD:
+            self._close()
+
+    def writable(self) -> None:
+        """See `poller.Watcher`."""
+        queue = self._queue
+        try:
+            while queue and self._socket:
+                sent = self._socket.sendmsg(list(itertools.islice(queue, PIECES)), [], socket.MSG_DONTWAIT)
+                self._queued -= sent
+                while queue and sent >= len(queue[0]):
+                    sent -= len(queue.popleft())
+                if sent:
+                    queue[0] = queue[0][sent:]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._close()
+            return
+        if self._socket:
+            self._queue = None
+            self._poller.want_writable(self._socket.fileno(), False)
+            self._resolve()
+
+    def _close(self) -> None:
+        if self._socket is None:
+            return
+        self._poller.forget(self._socket.fileno())
+        self._socket.close()
+        self._socket = self._queue = None
+        self._resolve()
+        # Later: whoever sends to many streams must not see one leave meanwhile.
+        asyncio.get_running_loop().call_soon(self.on_close, self)
+
+    def _resolve(self) -> None:
+        if self._drained and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
 
     def __str__(self) -> str:
         return f"{self.address} on {', '.join(self.channels)}"

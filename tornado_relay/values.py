@@ -102,10 +102,17 @@ def http_url(value: str) -> str:
     try:
         parts = urlsplit(value)
         host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
     except ValueError:
         host, parts = None, urlsplit("")
     # A fragment is never sent, and a user would take the place of the browser's own Authorization.
-    if parts.scheme not in _DEFAULT_PORTS or not host or parts.fragment or "@" in parts.netloc:
+    if (
+        parts.scheme not in _DEFAULT_PORTS
+        or not host
+        or parts.fragment
+        or "@" in parts.netloc
+        or parts.netloc.endswith(":")
+    ):
         raise ValueError("is not the URL of a page; give such as http://127.0.0.1:8000/may-listen/")
     if not re.fullmatch("[!-~]+", value):
         raise ValueError("has characters that a URL has only percent-encoded")

@@ -15,16 +15,16 @@ from tornado.ioloop import IOLoop, PeriodicCallback
 
 from .application import MAX_BODY, RelayApplication
 from .brokers.reader import Reader
+from .entry import Entry
 from .errors import BrokerRefused, SettingsError
-from .handlers import Relay
 from .hub import Hub
 from .intake import Intake
 from .limits import Seats
 from .publish import open_publisher
+from .relay import RETRY, Relay
 from .replay import Replay
 from .server import Server
 from .settings import Settings
-from .streams import RETRY
 from .subscriber import Subscriber
 from .tokens import keys_of
 from .upkeep import Upkeep
@@ -84,6 +84,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._ticks_to_heartbeat = 0
+        self.server: Server | None = None
 
     async def main(self) -> int:
         """Start, serve, drain; return the exit status."""
@@ -127,12 +128,15 @@ class Worker:
         self.server = Server(
             RelayApplication(self.relay),
             self.relay.waiting,
+            self.relay.poller,
+            Entry(self.relay),
             idle_connection_timeout=REQUEST_SECONDS,
             body_timeout=REQUEST_SECONDS,
             max_header_size=MAX_HEADER,
             max_body_size=MAX_BODY,
             max_buffer_size=2 * MAX_BODY,
         )
+        self.relay.poller.start()
         self.server.listen_on(self.sockets)
         self.report("")
         await asyncio.wait({*working, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -159,6 +163,8 @@ class Worker:
             log.warning("the supervisor is gone, this worker ends too")
             self._stop.set()
         self.reader.sweep()
+        if self.server:
+            self.server.expire(self.loop.time() - REQUEST_SECONDS)
         if self.settings.max_stream_seconds or self.relay.keys:
             now = self.loop.time()
             for subscriber in self._subscribers():
@@ -171,8 +177,9 @@ class Worker:
 
     async def _drain(self) -> None:
         """Accept nothing more, and close the streams one by one over ``drain_seconds``."""
-        self.relay.draining = True
-        self.server.stop()
+        self.relay.drain()
+        if self.server:
+            self.server.stop()
         subscribers = self._subscribers()
         random.shuffle(subscribers)
         log.info("closing %d streams over %.1f s", len(subscribers), self.settings.drain_seconds)
@@ -185,6 +192,7 @@ class Worker:
                 except asyncio.TimeoutError:
                     pass
             subscriber.end("the worker is stopping", random.randint(*RETRY))
+        await self.relay.settle()
         await asyncio.sleep(0)  # the streams' close callbacks
 
     def _subscribers(self) -> list[Subscriber]:

@@ -1,0 +1,262 @@
+"""One client's way from its request to its stream."""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import time
+from collections.abc import Callable
+
+from tornado.httputil import HTTPServerRequest
+from tornado.ioloop import IOLoop
+from tornado.web import HTTPError
+
+from . import channels, events
+from .access import EVERYBODY, UNIX, Grant
+from .authority import REFUSALS, Question
+from .errors import AuthorityUnavailable, BrokerError, ChannelError, TokenError
+from .limits import network_of
+from .relay import RETRY, Relay
+from .subscriber import Subscriber
+
+log = logging.getLogger(__name__)
+
+MAX_CHANNELS = 100
+"""Channels of one stream."""
+
+# The id of streams that no history can bring up to date: one that comes back with it is told so.
+NO_HISTORY = "none"
+
+
+class NotNow(Exception):
+    """A stream cannot be opened at the moment; the text says why."""
+
+
+class Visit:
+    """
+    What a client asks for, and who it is.
+
+    Args:
+        relay: What the worker has.
+        request: The client's, which is a GET or HEAD of channels.
+        path_channel: The channel that its path names, if it does.
+        peer: The address that the connection is from, or `access.UNIX`.
+
+    Raises:
+        HTTPError: 400, if it does not ask for channels that there can be.
+
+    """
+
+    __slots__ = ("_relay", "_request", "address", "channels", "last_event_id")
+
+    def __init__(self, relay: Relay, request: HTTPServerRequest, path_channel: str | None, peer: str) -> None:
+        self._relay = relay
+        self._request = request
+        self.channels = channels_of(request, path_channel)
+        # Before anything is held, since it may be no text.
+        self.last_event_id = _last_event_id(request)
+        self.address = relay.proxies.client(peer, request.headers.get_list("X-Forwarded-For"))
+
+    def grant(self) -> Grant:
+        """
+        Return what the client's token lets it listen to.
+
+        Raises:
+            HTTPError: 401 without a token that counts, 403 if it does not cover all that is asked for.
+
+        """
+        if not self._relay.keys:
+            return EVERYBODY
+        # The first that is there counts, and no other is tried in its place.
+        cookie = self._request.cookies.get("relay_token")
+        token = (cookie and cookie.value) or bearer(self._request) or _query(self._request, "token")
+        if not token:
+            raise HTTPError(
+                401, log_message="no token; send one as cookie relay_token, Authorization: Bearer, or ?token="
+            )
+        try:
+            grant = self._relay.keys.grant(token)
+        except TokenError as exc:
+            raise HTTPError(401, "%s", exc) from exc
+        for name in self.channels:
+            if not grant.allows(name):
+                raise HTTPError(403, "the token does not cover the channel %s", name)
+        return grant
+
+    async def admit(self) -> Grant:
+        """
+        Return what the client may listen to beside what it asks for; ask the application, if that has a say.
+
+        Raises:
+            HTTPError: 401 or 403, if it may not have what it asks for.
+            NotNow: If the application does not say.
+
+        """
+        grant = self.grant()
+        if self._relay.authority is None:
+            return grant
+        headers = self._request.headers
+        address = "" if self.address == UNIX else self.address
+        question = Question(
+            self.channels, "; ".join(headers.get_list("Cookie")), headers.get("Authorization", ""), address
+        )
+        try:
+            status = await self._relay.authority.ask(question)
+        except AuthorityUnavailable as exc:
+            raise NotNow(str(exc)) from exc
+        if status in REFUSALS:
+            raise HTTPError(status, log_message="the application does not let this client listen here")
+        # It was not asked for the twins of these channels.
+        return Grant([], grant.expires_at)
+
+    def take_seat(self) -> None:
+        """
+        Count a stream of this client; pair it with `leave`.
+
+        Raises:
+            NotNow: If there is no room for one.
+
+        """
+        if full := self._relay.seats.take(_client(self.address)):
+            raise NotNow(full)
+
+    def leave(self) -> None:
+        """End what `take_seat` counted."""
+        self._relay.seats.release(_client(self.address))
+
+    async def open(self, grant: Grant, take: Callable[[], socket.socket | None]) -> bool:
+        """
+        Open the stream on the socket that ``take`` gives; return False where it gives none, as the client has gone.
+
+        Raises:
+            NotNow: If it cannot be opened. Nothing is held then.
+
+        """
+        relay, reader, replay = self._relay, self._relay.reader, self._relay.replay
+        subscriber = Subscriber(
+            self.channels,
+            tuple(name for name in reader.audible(self.channels) if name in self.channels or grant.allows(name)),
+            address=self.address,
+            ends_at=self._end(grant),
+            on_close=self._closed,
+        )
+        try:
+            known = await reader.subscribe(subscriber.audible)
+        except BrokerError as exc:
+            raise NotNow(f"{reader.name}: {exc}") from exc
+        opened = False
+        try:
+            last = await self._last_position(subscriber.audible, known)
+            if relay.draining:
+                raise NotNow(str(relay.trouble))
+            connection = take()
+            if connection is None:
+                return False
+            # Nothing may await from here on: an event that comes after the head must find the stream in the hub.
+            opened = True
+        except BrokerError as exc:
+            raise NotNow(f"{reader.name}: {exc}") from exc
+        finally:
+            if not opened:
+                reader.release(subscriber.audible)
+        begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
+        if last is None:
+            newest = replay.newest if replay else None
+            subscriber.position = newest.seq if newest else 0
+            begin += events.position(str(newest or NO_HISTORY))
+            if self.last_event_id:
+                begin += events.stream_reset("unknown-id", self.channels)
+        else:
+            subscriber.position = last
+            begin += b"\n"
+        head, now = relay.head(self._request.headers.get("Origin")) + begin, IOLoop.current().time()
+        subscriber.open(connection, relay.poller, head, relay.settings.client_buffer, now)
+        log.info("stream opened: %s", subscriber)
+        if replay:
+            replay.admit(subscriber, behind=last is not None)
+        else:
+            relay.hub.add(subscriber)
+        return True
+
+    def _end(self, grant: Grant) -> float | None:
+        """Return the loop's time at which the stream is to end, if it has to."""
+        lifetime = self._relay.settings.max_stream_seconds
+        if not lifetime and grant.expires_at is None:
+            return None
+        now = IOLoop.current().time()
+        ends = [now + lifetime * random.uniform(0.8, 1.0)] if lifetime else []
+        if grant.expires_at is not None:
+            ends.append(now + grant.expires_at - time.time())
+        return min(ends)
+
+    async def _last_position(self, audible: tuple[str, ...], known: bool) -> int | None:
+        """Return where in the history the stream comes back to, or None if it begins now."""
+        replay = self._relay.replay
+        if replay is None:
+            return None
+        last = await replay.find(self.last_event_id, audible) if self.last_event_id else None
+        if last is None and not (known and replay.newest):
+            await replay.refresh()
+        return last
+
+    def _closed(self, subscriber: Subscriber) -> None:
+        if self._relay.hub.remove(subscriber):
+            self._relay.reader.release(subscriber.audible)
+            self.leave()
+            seconds = IOLoop.current().time() - subscriber.opened_at
+            log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, subscriber.reason)
+
+
+def channels_of(request: HTTPServerRequest, path_channel: str | None) -> tuple[str, ...]:
+    """
+    Return the channels that a request is for: the one of its path, or else all of its query.
+
+    Raises:
+        HTTPError: 400, if there are none, too many, or one that there cannot be.
+
+    """
+    if path_channel is not None:
+        names = [path_channel]
+    else:
+        try:
+            names = [name.decode() for name in request.query_arguments.get("channel", [])]
+        except UnicodeDecodeError as exc:
+            raise HTTPError(400, log_message="a channel's name is not UTF-8") from exc
+    if not names:
+        raise HTTPError(400, log_message="no channel; ask for /channel=NAME or /events?channel=A&channel=B")
+    if len(names) > MAX_CHANNELS:
+        raise HTTPError(400, log_message=f"{len(names)} channels asked for; a stream takes at most {MAX_CHANNELS}")
+    try:
+        return tuple(dict.fromkeys(channels.check(name) for name in names))
+    except ChannelError as exc:
+        raise HTTPError(400, log_message=str(exc)) from exc
+
+
+def bearer(request: HTTPServerRequest) -> str:
+    """Return the token of the ``Authorization`` header (RFC 6750, section 2.1), or an empty text."""
+    kind, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else ""
+
+
+def _last_event_id(request: HTTPServerRequest) -> str:
+    """What the browser had last: the header, which it sends when it reconnects, is newer than the address."""
+    header = request.headers.get("Last-Event-ID", "")
+    try:
+        sent = header.encode("latin-1").decode()  # browsers send UTF-8
+    except UnicodeError:
+        sent = header
+    return sent or _query(request, "last_event_id")
+
+
+def _query(request: HTTPServerRequest, name: str) -> str:
+    values = request.query_arguments.get(name)
+    try:
+        return values[-1].decode() if values else ""
+    except UnicodeDecodeError as exc:
+        raise HTTPError(400, "the query's %s is not UTF-8", name) from exc
+
+
+def _client(address: str) -> str:
+    """Return what `Seats` count by address; whoever comes by the Unix socket has none."""
+    return "" if address == UNIX else network_of(address)
