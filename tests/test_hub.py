@@ -3,7 +3,7 @@ import random
 import pytest
 
 from tornado_relay.brokers.message import Message
-from tornado_relay.hub import Hub
+from tornado_relay.hub import TURN, Hub
 
 
 class Sink:
@@ -225,3 +225,105 @@ def test_held_stream_is_told_of_what_no_history_keeps(history):
     history.deliver([kept(1), Message("a", "by hand"), Message("b", "by hand")])
     assert len(sink.sent) == 1
     assert b'"reason":"not-kept","channels":["a"]' in sink.sent[0]
+
+
+class Turns(list):
+    """What a hub wants to do later, as a loop would do it."""
+
+    def run(self):
+        self.pop(0)()
+
+
+@pytest.fixture
+def turns():
+    return Turns()
+
+
+def test_long_pass_gives_way(turns):
+    """Others' events overtake an event for many streams; those on its own channel stay behind it."""
+    hub = Hub(later=turns.append)
+    many, few = [joined(hub, "many") for _ in range(3 * TURN)], joined(hub, "few")
+    hub.deliver([Message("many", "1")])
+    assert not any(sink.sent for sink in many)
+    hub.deliver([Message("few", "x"), Message("many", "2")])
+    assert few.sent == [b"data: x\n\n"]
+    late = joined(hub, "many")
+    turns.run()
+    assert [len(sink.sent) for sink in many] == [1] * TURN + [0] * 2 * TURN
+    while turns:
+        turns.run()
+    assert all(b"".join(sink.sent) == b"data: 1\n\ndata: 2\n\n" for sink in many)
+    assert late.sent == []
+    assert len(turns) == 0
+
+
+def test_heartbeats_are_spread(hub):
+    """Each stream has one in each round, and keeps its place in it."""
+    many = [joined(hub, "many") for _ in range(100)]
+    for _ in range(2):
+        for part in range(7):
+            hub.heartbeat(part, 7)
+            hub.remove(many[part])
+    counts = [len(sink.sent) for sink in many[7:]]
+    assert set(counts) == {2}
+
+
+def test_what_waits_for_its_pass_goes_out_in_one_write(turns):
+    """As long as it is for the same streams."""
+    hub = Hub(later=turns.append)
+    many = [joined(hub, "many") for _ in range(2 * TURN)]
+    hub.deliver([Message("many", "1")])
+    turns.run()
+    for number in ("2", "3"):
+        hub.deliver([Message("many", number)])
+    late = joined(hub, "many")
+    for number in ("4", "5"):
+        hub.deliver([Message("many", number)])
+    while turns:
+        turns.run()
+    assert {tuple(sink.sent) for sink in many} == {
+        (b"data: 1\n\n", b"data: 2\n\ndata: 3\n\n", b"data: 4\n\ndata: 5\n\n")
+    }
+    assert late.sent == [b"data: 4\n\ndata: 5\n\n"]
+
+
+def test_long_passes_take_turns(turns):
+    """Of two, neither waits for the end of the other; streams on several channels have one of their own."""
+    hub = Hub(later=turns.append)
+    a, b, c = ([joined(hub, *names) for _ in range(2 * TURN)] for names in (["a"], ["b"], ["c", "d"]))
+    hub.deliver([Message("a", "1"), Message("b", "2"), Message("c", "3"), Message("d", "4")])
+    for _ in range(3):
+        turns.run()
+    assert [sum(bool(sink.sent) for sink in sinks) for sinks in (a, b, c)] == [TURN] * 3
+    while turns:
+        turns.run()
+    assert all(sink.sent == [b"data: 3\n\ndata: 4\n\n"] for sink in c)
+    assert all(sink.sent for sink in [*a, *b])
+
+
+def test_stream_that_leaves_a_long_pass_costs_it_nothing(turns):
+    """Its place is not given to another."""
+    hub = Hub(later=turns.append)
+    many = [joined(hub, "many") for _ in range(2 * TURN)]
+    hub.deliver([Message("many", "1")])
+    for sink in many[TURN - 5 : TURN + 5]:
+        hub.remove(sink)
+    while turns:
+        turns.run()
+    assert all(len(sink.sent) == 1 for sink in many if sink in hub)
+
+
+@pytest.mark.parametrize("what", ["hold_all", "reset", "hold", "join"])
+def test_what_is_under_way_comes_before_a_change(turns, what):
+    """A stream that is held, told of a loss, or put elsewhere has had all that was delivered before."""
+    hub = Hub(history=True, later=turns.append)
+    many = [joined(hub, "many") for _ in range(2 * TURN)]
+    hub.deliver([Message("many", "1", "00000000-1", 1)])
+    hub.heartbeat()
+    assert many[-1].sent == [b":\n\n"]  # no id of what it does not have yet
+    {"hold_all": hub.hold_all, "reset": lambda: hub.reset("x")}.get(what, lambda: getattr(hub, what)(many[-1]))()
+    assert b"data: 1" in many[-1].sent[1]
+    hub.deliver([Message("many", "2", "00000000-2", 2)])
+    while turns:
+        turns.run()
+    assert sum(b"data: 1" in data for data in many[-1].sent) == 1

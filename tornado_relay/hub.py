@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from . import events
@@ -10,6 +12,12 @@ from .brokers.message import Message
 
 # Channels whose events no history keeps are remembered, so that a stream on them that was away is told; this many.
 MAX_UNKEPT = 10_000
+
+TURN = 256
+"""Streams that are sent to without a break: more of them would keep the events of all other channels waiting."""
+
+BEATS = 240
+"""Heartbeats that are told apart: a small number is an object that all share."""
 
 
 class Sink(Protocol):
@@ -21,9 +29,50 @@ class Sink(Protocol):
     """Those, and their twins: the channels whose events it gets."""
     position: int
     """The place in the history up to which it has everything; 0 without one."""
+    beat: int
+    """Which of the heartbeats is its; set by the hub."""
 
     def send(self, data: bytes) -> None:
         """Write ``data`` or queue it; never raises and never blocks."""
+
+
+class _Pass:
+    """What a channel's streams are still to be sent."""
+
+    __slots__ = ("_frames", "_pairs", "_sinks", "additions")
+
+    def __init__(self, sinks: list[Sink], frames: list[bytes], additions: int) -> None:
+        self._sinks = sinks
+        self._frames = frames
+        # See `Hub`.
+        self.additions = additions
+        self._pairs: Iterator[tuple[Sink, bytes]] | None = None
+
+    def extend(self, frames: list[bytes]) -> bool:
+        """Take ``frames`` in as well, so that they go out in one write; return False if it has begun."""
+        if self._pairs is None:
+            self._frames += frames
+        return self._pairs is None
+
+    def turn(self) -> bool:
+        """Send to the next `TURN` streams, and return whether all have been sent to."""
+        if self._pairs is None:
+            self._pairs = zip(self._sinks, itertools.repeat(b"".join(self._frames)), strict=False)
+        number = 0
+        for sink, data in itertools.islice(self._pairs, TURN):
+            sink.send(data)
+            number += 1
+        return number < TURN
+
+
+class _MixedPass(_Pass):
+    """The same for streams on several channels, each of which gets its own."""
+
+    __slots__ = ()
+
+    def __init__(self, own: dict[Sink, list[bytes]], additions: int) -> None:
+        super().__init__([], [], additions)
+        self._pairs = ((sink, b"".join(frames)) for sink, frames in own.items())
 
 
 class Hub:
@@ -33,12 +82,20 @@ class Hub:
     Within a stream, events keep the order in which the broker gave them, also across its channels. All
     that one batch holds for a stream goes out in one `Sink.send`.
 
+    A pass over more than `TURN` streams gives way after as many, and goes on by ``later``; events of other channels
+    overtake it then, those of its own do not.
+
     With ``history`` events carry the ids that the history gave them. A stream is *held* while it is brought
     up to date, and then *joins*.
     """
 
-    def __init__(self, *, history: bool = False) -> None:
+    def __init__(self, *, history: bool = False, later: Callable[[Callable[[], None]], object] | None = None) -> None:
         self.history = history
+        self._later = later
+        # What is still to be sent, by channel, and under None for streams on several; in each the oldest pass first.
+        self._passes: dict[str | None, deque[_Pass]] = {}
+        # How often a stream has been put anywhere: what is delivered later is not for the same ones.
+        self._additions = 0
         # The last message that was delivered of those that a history keeps, by number and by id.
         self.seq = 0
         self.id = ""
@@ -94,6 +151,7 @@ class Hub:
 
     def hold_all(self) -> list[Sink]:
         """Hold every stream, each with the position that it has now, and return those that were not held."""
+        self.finish()
         held = self.live()
         for sink in held:
             sink.position = max(sink.position, self.seq)
@@ -143,24 +201,71 @@ class Hub:
             for sink in ahead or ():
                 if not seq or seq > sink.position:
                     own.setdefault(sink, []).append(frame)
-        for channel, frames in shared.items():
-            data = b"".join(frames)
-            # A stream that is cut while it is sent to leaves the dict, hence the copy.
-            for sink in list(self._solo.get(channel, ())):
-                sink.send(data)
-        for sink, frames in own.items():
-            sink.send(b"".join(frames))
+        self._send(shared, own)
         if self._ahead:
             self._settle()
 
-    def heartbeat(self) -> None:
-        """Send every stream a comment, and the newest id to those that have all up to it, so that they come back there."""
-        here = b":\n" + events.position(self.id) if self.history and self.id else b":\n\n"
-        for sink, place in list(self._sinks.items()):
+    def finish(self) -> None:
+        """Send now all that has given way."""
+        while self._passes:
+            self._turn()
+
+    def _send(self, shared: dict[str, list[bytes]], own: dict[Sink, list[bytes]]) -> None:
+        for channel, frames in shared.items():
+            sinks, passes = self._solo.get(channel, {}), self._passes.get(channel)
+            if passes and passes[-1].additions == self._additions and passes[-1].extend(frames):
+                continue
+            if len(sinks) > TURN or passes:
+                # Those that are there now: whoever comes meanwhile comes behind this event.
+                self._pass(channel, _Pass(list(sinks), frames, self._additions))
+            else:
+                data = b"".join(frames)
+                for sink in list(sinks):
+                    sink.send(data)
+        if len(own) > TURN or None in self._passes:
+            self._pass(None, _MixedPass(own, self._additions))
+        else:
+            for sink, frames in own.items():
+                sink.send(b"".join(frames))
+
+    def _pass(self, key: str | None, what: _Pass) -> None:
+        begun = bool(self._passes)
+        self._passes.setdefault(key, deque()).append(what)
+        if self._later is None:
+            self.finish()
+        elif not begun:
+            self._later(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._passes:
+            self._turn()
+        if self._passes and self._later:
+            self._later(self._go_on)
+
+    def _turn(self) -> None:
+        """Send the oldest pass of one channel to so many streams, and let the other channels have theirs first then."""
+        key = next(iter(self._passes))
+        passes = self._passes.pop(key)
+        if passes[0].turn():
+            passes.popleft()
+        if passes:
+            self._passes[key] = passes
+
+    def heartbeat(self, part: int = 0, parts: int = 1) -> None:
+        """
+        Send a comment to a part of all streams, and the newest id to those that have all up to it, to come back there.
+
+        Spread over ``parts``, since one to all at a time would keep events waiting.
+        """
+        # What is still to be sent must not be behind its own id.
+        known = self.history and self.id and not self._passes
+        here = b":\n" + events.position(self.id) if known else b":\n\n"
+        for sink, place in [pair for pair in self._sinks.items() if pair[0].beat % parts == part]:
             sink.send(here if place is not self._held and sink.position <= self.seq else b":\n\n")
 
     def reset(self, reason: str) -> None:
         """Tell every stream that it may have missed events, and on which of its channels."""
+        self.finish()
         for sink in self:
             sink.send(events.stream_reset(reason, sink.channels))
 
@@ -206,7 +311,12 @@ class Hub:
                     del before[channel]
 
     def _place(self, sink: Sink, place: dict[str, dict[Sink, None]]) -> None:
+        if self._passes and sink in self._sinks:
+            self.finish()
         self._unplace(sink)
+        self._additions += 1
+        if sink not in self._sinks:
+            sink.beat = self._additions % BEATS
         self._sinks[sink] = place
         for channel in sink.audible:
             place.setdefault(channel, {})[sink] = None

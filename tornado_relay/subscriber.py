@@ -38,6 +38,7 @@ class Subscriber:
         "_unread",
         "address",
         "audible",
+        "beat",
         "buffer",
         "channels",
         "ends_at",
@@ -65,6 +66,7 @@ class Subscriber:
         self.on_close = on_close
         # See `hub.Sink`.
         self.position = 0
+        self.beat = 0
         # Up to where it has been told of what is pruned, by channel.
         self.told = _NOTHING
         # None until `open`: what is delivered before the head is out was published before the page

@@ -78,12 +78,12 @@ class Worker:
         self.seats = seats
         self.beat = beat
         self.report = report
-        self.hub = Hub(history=settings.history > 0)
+        self.hub = Hub(history=settings.history > 0, later=self._later)
         self._parent = os.getppid()
         # Set when the worker is to end; `_hurry` when it is to end without spreading.
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._ticks_to_heartbeat = 0
+        self._beat = 0
         self.server: Server | None = None
 
     async def main(self) -> int:
@@ -149,6 +149,9 @@ class Worker:
         await _cancel(working)
         return STOPPED
 
+    def _later(self, call: Callable[[], None]) -> None:
+        self.loop.add_callback(call)
+
     def _back(self, again: bool) -> None:
         if again:
             self.hub.reset("broker-reconnect")
@@ -170,10 +173,9 @@ class Worker:
             for subscriber in self._subscribers():
                 if subscriber.ends_at is not None and now >= subscriber.ends_at:
                     subscriber.end("its time was up", random.randint(*RETRY))
-        self._ticks_to_heartbeat -= 1
-        if self._ticks_to_heartbeat < 0:
-            self._ticks_to_heartbeat = round(self.settings.heartbeat / TICK) - 1
-            self.hub.heartbeat()
+        parts = max(1, round(self.settings.heartbeat / TICK))
+        self._beat = (self._beat + 1) % parts
+        self.hub.heartbeat(self._beat, parts)
 
     async def _drain(self) -> None:
         """Accept nothing more, and close the streams one by one over ``drain_seconds``."""
