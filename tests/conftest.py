@@ -1,12 +1,14 @@
 import asyncio
 import itertools
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from pages import Pages
+from programs import program
 from relay import Relay, run
 from servers import PostgresServer, RedisServer, execute, until
 from tornado.ioloop import IOLoop
@@ -126,3 +128,13 @@ def kept_redis(redis_server, tmp_path_factory):
 def kept(request):
     """Each broker in turn, with a history."""
     return request.getfixturevalue(f"kept_{request.param}")
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A certificate for the proxies."""
+    folder = tmp_path_factory.mktemp("certificate")
+    command = [program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=events.example.com", "-keyout", folder / "key", "-out", folder / "pem"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder

@@ -5,6 +5,7 @@ import json
 import selectors
 import socket
 import time
+import zlib
 
 from servers import PATIENCE
 
@@ -31,6 +32,9 @@ class Page:
         self.events = []
         self.closed = False
         self.parser = Parser()
+        # Bytes on the wire of a compressed stream.
+        self.packed = 0
+        self.inflate = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def read(self):
@@ -51,6 +55,9 @@ class Page:
                 return
             self.head = head
             self.status = int(head.split()[1])
+        if self.headers.get("content-encoding") == "gzip":
+            self.packed += len(data)
+            data = self.inflate(data)
         self.body += data
         self.events += self.parser.feed(self._decode(data))
 

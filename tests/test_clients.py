@@ -141,10 +141,12 @@ def browse(tmp_path):
         browser.close()
 
 
-def test_chromium(broker, channel, tmp_path, site, browse):
+@pytest.mark.parametrize("compression", ["off", "gzip"])
+def test_chromium(broker, channel, tmp_path, site, browse, compression):
     """A page of another origin, with credentials: events, a killed worker, and the events after it."""
     origin = f"http://127.0.0.1:{site.server_port}"
-    with Relay(tmp_path, "--workers", "2", "--allowed-origins", origin, **broker.environment) as relay:
+    flags = ("--workers", "2", "--allowed-origins", origin, "--compression", compression)
+    with Relay(tmp_path, *flags, **broker.environment) as relay:
         browse(f"{origin}/#{relay.url}/channel={channel}")
         until(lambda: site.reports, "the page is connected", seconds=40)
         assert site.reports == ["open"]

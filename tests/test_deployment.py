@@ -100,16 +100,6 @@ def test_built_package_works_in_an_empty_environment(redis_server, tmp_path):
     )
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A certificate for the proxies."""
-    folder = tmp_path_factory.mktemp("certificate")
-    command = [program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=events.example.com", "-keyout", folder / "key", "-out", folder / "pem"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
-
-
 def start_nginx(folder, upstream, certificate, port):
     server = (
         block("nginx", "proxy_pass")
@@ -148,7 +138,7 @@ def test_proxy_in_front_passes_events_at_once(redis_server, channel, tmp_path, c
         )
         client = None
         try:
-            until(lambda: _accepts(port), "the proxy listens")
+            until(lambda: accepts(port), "the proxy listens")
             address = f"events.example.com:{port}"
             client = subprocess.Popen(
                 [
@@ -190,7 +180,7 @@ def test_nginx_waits_longer_than_the_heartbeat():
     assert int(re.search(r"proxy_read_timeout (\d+)s", block("nginx", "proxy_pass"))[1]) > heartbeat
 
 
-def _accepts(port):
+def accepts(port):
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError:

@@ -15,6 +15,7 @@ from .brokers.reader import Reader
 from .hub import Hub
 from .intake import Intake
 from .limits import Seats, descriptor_limit, shares
+from .packing import Packer
 from .poller import Poller
 from .replay import Replay
 from .settings import Settings
@@ -62,7 +63,8 @@ class Relay:
         self.poller = Poller()
         self._opening: set[asyncio.Task[Any]] = set()
         self._publishing: set[asyncio.Task[Any]] = set()
-        self._heads: dict[str | None, bytes] = {}
+        self.packer = Packer() if settings.compression == "gzip" else None
+        self._heads: dict[tuple[str | None, bool], bytes] = {}
 
     @property
     def trouble(self) -> str | None:
@@ -71,10 +73,10 @@ class Relay:
             return "the worker is draining"
         return f"{self.reader.name}: {self.reader.trouble}" if self.reader.trouble else None
 
-    def head(self, origin: str | None) -> bytes:
+    def head(self, origin: str | None, *, packed: bool = False) -> bytes:
         """Return status line and headers of a stream. The end of the connection ends it, so every client can read it."""
         origin = None if self.origins.any else origin
-        head = self._heads.get(origin)
+        head = self._heads.get((origin, packed))
         if head is None:
             headers = {
                 "Server": f"sse-relay-server/{__version__}",
@@ -84,8 +86,12 @@ class Relay:
                 "Connection": "close",
                 **self.origins.headers(origin),
             }
+            if packed:
+                headers["Content-Encoding"] = "gzip"
+            if self.packer:
+                headers["Vary"] = ", ".join(filter(None, [headers.get("Vary"), "Accept-Encoding"]))
             lines = ["HTTP/1.1 200 OK", *(f"{name}: {value}" for name, value in headers.items())]
-            head = self._heads[origin] = "\r\n".join(lines).encode("latin-1")
+            head = self._heads[origin, packed] = "\r\n".join(lines).encode("latin-1")
         return b"%b\r\nDate: %b\r\n\r\n" % (head, email.utils.formatdate(usegmt=True).encode())
 
     @contextmanager

@@ -25,7 +25,6 @@ LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
 COMING = (
     "RELAY_ADMIN_HOST",
     "RELAY_ADMIN_PORT",
-    "RELAY_COMPRESSION",
 )
 """Settings of a later version. Ignoring one could leave open what its user believes closed, so it is refused."""
 
@@ -143,6 +142,12 @@ class Settings:
     )
     heartbeat: float = _setting(
         "RELAY_HEARTBEAT", 15.0, values.seconds(1, 3600), "seconds between the comments that keep an idle stream open"
+    )
+    compression: str = _setting(
+        "RELAY_COMPRESSION",
+        "off",
+        values.choice("gzip", "off"),
+        "gzip compresses events for clients that take it, each once for all streams | off",
     )
     client_buffer: int = _setting(
         "RELAY_CLIENT_BUFFER",

@@ -44,6 +44,7 @@ class Subscriber:
         "ends_at",
         "on_close",
         "opened_at",
+        "pack",
         "position",
         "reason",
         "told",
@@ -80,6 +81,8 @@ class Subscriber:
         self._unread = 0
         # Resolved when nothing waits any more.
         self._drained: asyncio.Future[None] | None = None
+        # Compresses what is sent, if the client takes that.
+        self.pack: Callable[[bytes], bytes] | None = None
         # Why the stream was closed from our side, for the log.
         self.reason = "closed by the client"
 
@@ -105,6 +108,8 @@ class Subscriber:
         """
         if self._socket is None:
             return
+        if self.pack:
+            data = self.pack(data)
         if self._queue is None:
             try:
                 sent = self._socket.send(data, socket.MSG_DONTWAIT)

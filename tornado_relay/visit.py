@@ -12,11 +12,12 @@ from tornado.httputil import HTTPServerRequest
 from tornado.ioloop import IOLoop
 from tornado.web import HTTPError
 
-from . import channels, events
+from . import channels, events, packing
 from .access import EVERYBODY, UNIX, Grant
 from .authority import REFUSALS, Question
 from .errors import AuthorityUnavailable, BrokerError, ChannelError, TokenError
 from .limits import network_of
+from .packing import accepts_gzip
 from .relay import RETRY, Relay
 from .subscriber import Subscriber
 
@@ -133,7 +134,7 @@ class Visit:
             NotNow: If it cannot be opened. Nothing is held then.
 
         """
-        relay, reader, replay = self._relay, self._relay.reader, self._relay.replay
+        relay, reader = self._relay, self._relay.reader
         subscriber = Subscriber(
             self.channels,
             tuple(name for name in reader.audible(self.channels) if name in self.channels or grant.allows(name)),
@@ -160,6 +161,12 @@ class Visit:
         finally:
             if not opened:
                 reader.release(subscriber.audible)
+        self._begin(subscriber, connection, last)
+        return True
+
+    def _begin(self, subscriber: Subscriber, connection: socket.socket, last: int | None) -> None:
+        """Send the head and the first block, and deliver from now on."""
+        relay, replay = self._relay, self._relay.replay
         begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
         if last is None:
             newest = replay.newest if replay else None
@@ -170,14 +177,19 @@ class Visit:
         else:
             subscriber.position = last
             begin += b"\n"
-        head, now = relay.head(self._request.headers.get("Origin")) + begin, IOLoop.current().time()
+        origin, now = self._request.headers.get("Origin"), IOLoop.current().time()
+        packer = relay.packer if accepts_gzip(self._request.headers.get("Accept-Encoding", "")) else None
+        if packer:
+            begin = packing.HEADER + packing.deflate(begin)
+        head = relay.head(origin, packed=packer is not None) + begin
         subscriber.open(connection, relay.poller, head, relay.settings.client_buffer, now)
+        if packer:
+            subscriber.pack = packer.pack
         log.info("stream opened: %s", subscriber)
         if replay:
             replay.admit(subscriber, behind=last is not None)
         else:
             relay.hub.add(subscriber)
-        return True
 
     def _end(self, grant: Grant) -> float | None:
         """Return the loop's time at which the stream is to end, if it has to."""

@@ -1,0 +1,160 @@
+"""One gzip for all streams."""
+
+import gzip
+import json
+import subprocess
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pages import data_of
+from programs import program
+from relay import Relay
+from servers import free_port, until
+from test_deployment import accepts, start_nginx
+
+from tornado_relay import packing
+from tornado_relay.packing import Packer, accepts_gzip, deflate
+
+GZIP = {"Accept-Encoding": "gzip, deflate, br"}
+
+
+def inflate(*pieces):
+    return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(packing.HEADER + b"".join(pieces))
+
+
+@given(st.lists(st.binary(max_size=500) | st.binary(max_size=9).map(lambda data: data * 9000)))
+def test_stream_may_begin_at_any_piece(pieces):
+    """Each is whole by itself: what has come is readable at once, whatever came before it."""
+    packed = [deflate(piece) for piece in pieces]
+    for first in range(len(pieces)):
+        stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        stream.decompress(packing.HEADER)
+        assert [stream.decompress(piece) for piece in packed[first:]] == pieces[first:]
+
+
+def test_what_would_grow_is_stored():
+    """Small or random data cost five bytes for each 65,535."""
+    for data in (b":\n\n", b"data: 1\n\n", bytes(range(256)) * 1, gzip.compress(b"x" * 10**6) * 99):
+        assert len(deflate(data)) <= len(data) + 5 * (len(data) // 65_535 + 1)
+    assert inflate(deflate(b"")) == b""
+
+
+def test_json_of_a_kilobyte_takes_two_fifths():
+    """An order as a shop would send it."""
+    lines = [
+        {"article": f"A-{n * 7919 % 1000}", "name": f"Chair {n}", "price": f"{n * 13 % 100}.50", "pieces": n % 4}
+        for n in range(14)
+    ]
+    data = (
+        b"event: NEW_ORDER\ndata: " + json.dumps({"order": 81723, "customer": "Ann", "lines": lines}).encode() + b"\n\n"
+    )
+    assert 900 < len(data) < 1200
+    assert len(deflate(data)) < 0.4 * len(data)
+
+
+def test_piece_is_deflated_once_for_all_streams(monkeypatch):
+    """Also while others are on their way."""
+    calls = []
+    monkeypatch.setattr(packing, "deflate", lambda data: calls.append(data) or deflate(data))
+    packer, pieces = Packer(), [b"a" * 200, b"b" * 200]
+    for _ in range(100):
+        assert [inflate(packer.pack(piece)) for piece in pieces] == pieces
+    assert calls == pieces
+    for number in range(100):
+        packer.pack(b"%d" % number)
+    assert inflate(packer.pack(pieces[0])) == pieces[0]
+
+
+@pytest.mark.parametrize(
+    ("header", "taken"),
+    [
+        ("gzip", True),
+        ("gzip, deflate, br, zstd", True),
+        ("br;q=1.0, GZIP;q=0.8, *;q=0.1", True),
+        ("x-gzip", True),
+        ("", False),
+        ("identity", False),
+        ("br, gzip;q=0", False),
+        ("gzip; q=0.000", False),
+        ("*", False),
+        ("notgzip", False),
+    ],
+)
+def test_who_takes_gzip(header, taken):
+    """By its own word, and weight."""
+    assert accepts_gzip(header) is taken
+
+
+def test_compressed_and_plain_streams_get_the_same(kept, tmp_path, pages, channel):
+    """Live, on several channels, after a return, and as large as may be; heartbeats and resets too."""
+    with Relay(tmp_path, "--workers", "1", "--heartbeat", "1", "--compression", "gzip", **kept.environment) as relay:
+        paths = [f"/channel={channel}", f"/events?channel={channel}&channel={channel}-2"]
+        plain, packed = pages.open(relay.port, paths), pages.open(relay.port, paths, GZIP)
+        sent = ["small", "x" * 1000, json.dumps(list(range(3000))), "\U0001f984" * 100_000, "last"]
+        kept.publish(channel, *sent)
+        pages.until(lambda: all(page.data[-1:] == ["last"] for page in [*plain, *packed]), "all events")
+        assert all(page.data == sent for page in [*plain, *packed])
+        assert all(page.headers["content-encoding"] == "gzip" for page in packed)
+        assert all("content-encoding" not in page.headers for page in plain)
+        assert all(page.headers["vary"] == "Accept-Encoding" for page in [*plain, *packed])
+        assert all(page.packed < 0.1 * len(page.body) for page in packed)
+        beats = packed[0].body.count(b"\n:\n")
+        pages.until(lambda: packed[0].body.count(b"\n:\n") > beats + 1, "heartbeats")
+        (back,) = pages.open(relay.port, paths[:1], {**GZIP, "Last-Event-ID": packed[0].events[1].id})
+        pages.until(lambda: data_of(back)[-1:] == ["last"], "what it missed")
+        assert data_of(back) == sent[2:]
+        (lost,) = pages.open(relay.port, paths[:1], {**GZIP, "Last-Event-ID": "unknown"})
+        pages.until(lambda: lost.events, "the reset")
+        assert lost.events[0].event == "stream-reset"
+
+
+def test_compression_is_off_by_default(redis_server, tmp_path, pages):
+    """And where it is on, a client that does not ask for it has none."""
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        (page,) = pages.open(relay.port, ["/channel=x"], GZIP)
+        assert not {"content-encoding", "vary"} & page.headers.keys()
+
+
+@pytest.fixture
+def packed_relay(redis_server, tmp_path):
+    with Relay(tmp_path, "--workers", "1", "--compression", "gzip", **redis_server.environment) as relay:
+        yield relay
+
+
+def events_of_curl(redis_server, relay, channel, *command):
+    """Each event is there before the next one is sent."""
+    client = subprocess.Popen([program("curl"), "-sN", "--compressed", *command], stdout=subprocess.PIPE)
+    try:
+        until(lambda: f"on {channel}" in relay.log, "the stream is open")
+        for number in range(5):
+            data = f"{number}" + "abc" * 400
+            redis_server.publish(channel, json.dumps({"data": data}))
+            line = b""
+            while not line.startswith(b"data: "):
+                line = client.stdout.readline()
+            assert line.decode() == f"data: {data}\n"
+    finally:
+        client.kill()
+        client.communicate()
+
+
+def test_curl_reads_it_live(redis_server, packed_relay, channel):
+    """As it comes."""
+    events_of_curl(redis_server, packed_relay, channel, f"{packed_relay.url}/channel={channel}")
+
+
+@pytest.mark.parametrize("version", ["--http2", "--http1.1"])
+def test_nginx_passes_it_on(redis_server, packed_relay, channel, tmp_path, certificate, version):
+    """With the README's configuration."""
+    port = free_port()
+    proxy = subprocess.Popen(start_nginx(tmp_path, packed_relay.port, certificate, port), stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: accepts(port), "nginx listens")
+        address = f"events.example.com:{port}"
+        where = ("-k", version, "--resolve", f"{address}:127.0.0.1", f"https://{address}/channel={channel}")
+        events_of_curl(redis_server, packed_relay, channel, *where)
+    finally:
+        proxy.terminate()
+        proxy.wait(20)
