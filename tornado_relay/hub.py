@@ -151,7 +151,6 @@ class Hub:
 
     def hold_all(self) -> list[Sink]:
         """Hold every stream, each with the position that it has now, and return those that were not held."""
-        self.finish()
         held = self.live()
         for sink in held:
             sink.position = max(sink.position, self.seq)
