@@ -27,15 +27,16 @@ RUNTIME = "/run/sse-relay-server"
 # machine's services none is started; what the unit waits for is there.
 BOOT = """
 set -eu
-for folder in run tmp; do mount -t tmpfs tmpfs /$folder; done
+mount -t tmpfs tmpfs /run
+mkdir /run/source
+tar -C {root} --exclude=.venv --exclude=.git --exclude='*.egg-info' --exclude=build --exclude=tests -c . | tar -C /run/source -x
+mount -t tmpfs tmpfs /tmp
 for folder in etc opt var; do
     mkdir -p /run/over/$folder /run/work/$folder
     mount -t overlay overlay -o lowerdir=/$folder,upperdir=/run/over/$folder,workdir=/run/work/$folder /$folder
 done
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-mkdir -p /tmp/source
-tar -C {root} --exclude=.venv --exclude=.git --exclude='*.egg-info' --exclude=build --exclude=tests -c . | tar -C /tmp/source -x
-cd /tmp/source
+cd /run/source
 {install}
 printf '%s\\n' {variables} >> /etc/sse-relay-server/.env
 mkdir -p /run/systemd/system/sse-relay-server.service.d
@@ -55,7 +56,7 @@ class Machine:
         commands = (
             block("sh", "systemctl enable").replace("sudo ", "").replace("python3 -m venv", "/usr/bin/python3 -m venv")
         )
-        commands = commands.replace('"sse-relay-server[', '"/tmp/source[').replace("pip install", "pip install --quiet")
+        commands = commands.replace('"sse-relay-server[', '"/run/source[').replace("pip install", "pip install --quiet")
         assert "systemctl enable --now sse-relay-server" in commands
         script = BOOT.format(
             root=shlex.quote(str(ROOT)),
@@ -76,7 +77,8 @@ class Machine:
         return self
 
     def __exit__(self, *_):
-        os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     @property
