@@ -213,19 +213,22 @@ class RedisListener:
                 # One command a channel: what an ACL forbids must fail alone.
                 connection.send_packed_command(connection.pack_commands(commands), check_health=False)
                 sent.extend(name for _, name in commands)  # type: ignore[misc]
-            while connection.can_read():
+            # That it can be read is known from the poll; asking redis-py takes several system calls.
+            more = any(fd != self._wake_read for fd, _ in ready)
+            while more:
                 if pinged:
                     self.latency = time.monotonic() - pinged_at
                 pinged = False
                 self._room.acquire()
                 self._loop.add_callback(self._arrived, _batch(connection, sent))
+                more = connection.can_read()
 
 
 def _batch(connection: Any, sent: deque[str]) -> list[Any]:
-    """Return what can be read at once, up to the limits of a batch."""
+    """Return what can be read at once, up to the limits of a batch; there must be something."""
     replies: list[Any] = []
     size = 0
-    while len(replies) < BATCH and size < BATCH_BYTES and connection.can_read():
+    while not replies or (len(replies) < BATCH and size < BATCH_BYTES and connection.can_read()):
         try:
             reply = connection.read_response(disable_decoding=True)
         except redis.ResponseError as exc:
