@@ -1,17 +1,21 @@
-# make demo | test | fuzz | lint | format
+# make demo | test | fuzz | bench | lint | format
 
 PYTHON ?= python3
 PORT ?= 8001
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test fuzz lint format
+.PHONY: demo test fuzz bench lint format
 
 demo: $(VENV)/demo
 	@$(BIN)/sse-relay-server --embedded --debug --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV)/test
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Writes the README's table and chart into docs; make bench ARGS="--streams 5000".
+bench: $(VENV)/test
+	$(BIN)/python benchmarks/fanout.py $(ARGS)
 
 # Another seed at each time, and ten times as much of it as in the tests: a million requests in some minutes.
 fuzz: SEED ?= $(shell date +%s)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 from programs import program
@@ -279,6 +280,19 @@ def test_sql_snippet(postgres_server, tmp_path, pages):
             postgres_server.execute(statement)
         pages.until(lambda: len(page.events) == 2, "both events")
     assert [(event.event, event.data) for event in page.events] == [("message", "hello"), ("NEW_ORDER", "hello")]
+
+
+def test_benchmark_runs(tmp_path):
+    """With few streams; it writes the table and the chart that the page shows, the relay first."""
+    command = [sys.executable, ROOT / "benchmarks/fanout.py", "--streams", "20", "--seconds", "1", "--out", tmp_path]
+    subprocess.run(command, check=True, env=environment(), capture_output=True, timeout=180)
+    rows = [line for line in (tmp_path / "fanout.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[1].startswith("| sse-relay-server | ")
+    assert ET.parse(tmp_path / "fanout.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    shown = [
+        line.split(" | ")[0] for line in (ROOT / "docs/fanout.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    assert {row.split(" | ")[0] for row in rows} <= set(shown)
 
 
 def test_make_targets_exist():
