@@ -301,6 +301,21 @@ def test_long_passes_take_turns(turns):
     assert all(sink.sent for sink in [*a, *b])
 
 
+def test_one_call_at_a_time_is_on_its_way(turns):
+    """However often what has given way was finished meanwhile."""
+    hub = Hub(later=turns.append)
+    for _ in range(2 * TURN):
+        joined(hub, "many")
+    for number in range(10):
+        hub.deliver([Message("many", str(number))])
+        hub.finish()
+    hub.deliver([Message("many", "last")])
+    assert len(turns) == 1
+    while turns:
+        turns.run()
+    assert {sink.sent[-1] for sink in hub} == {b"data: last\n\n"}
+
+
 def test_stream_that_leaves_a_long_pass_costs_it_nothing(turns):
     """Its place is not given to another."""
     hub = Hub(later=turns.append)

@@ -94,6 +94,8 @@ class Hub:
         self._later = later
         # What is still to be sent, by channel, and under None for streams on several; in each the oldest pass first.
         self._passes: dict[str | None, deque[_Pass]] = {}
+        # Whether they are to go on; a call is on its way then, also if there is nothing left for it.
+        self._due = False
         # How often a stream has been put anywhere: what is delivered later is not for the same ones.
         self._additions = 0
         # The last message that was delivered of those that a history keeps, by number and by id.
@@ -228,17 +230,18 @@ class Hub:
                 sink.send(b"".join(frames))
 
     def _pass(self, key: str | None, what: _Pass) -> None:
-        begun = bool(self._passes)
         self._passes.setdefault(key, deque()).append(what)
         if self._later is None:
             self.finish()
-        elif not begun:
+        elif not self._due:
+            self._due = True
             self._later(self._go_on)
 
     def _go_on(self) -> None:
         if self._passes:
             self._turn()
-        if self._passes and self._later:
+        self._due = bool(self._passes)
+        if self._due and self._later:
             self._later(self._go_on)
 
     def _turn(self) -> None:
