@@ -189,6 +189,20 @@ def test_answers_that_nobody_reads_hold_no_connection(redis_server, tmp_path, na
         assert "Traceback" not in relay.log
 
 
+@pytest.mark.parametrize("pieces", [[b"", None], [b"GET /chan", b"nel=x HTTP/1.1\r\nHost: relay\r\n", b"\r\n"]])
+def test_request_may_come_late_and_in_pieces(redis_server, tmp_path, pages, pieces):
+    """It is looked at when it comes, if the connection was taken before; each stream that opens meanwhile says so."""
+    whole = b"GET /channel=x HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n\r\n"
+    with (
+        Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay,
+        socket.create_connection(("127.0.0.1", relay.port), PATIENCE) as late,
+    ):
+        for piece in pieces:
+            late.sendall(whole if piece is None else piece)
+            pages.open(relay.port, ["/channel=x"])
+        assert late.recv(4096).startswith(b"HTTP/1.1 200 OK")
+
+
 # As browsers, Node.js' and Python's EventSource send it, and what a user may make of it.
 TAKEN = [
     ("/channel=x", {}),
