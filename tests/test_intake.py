@@ -1,7 +1,6 @@
 """Publishing over HTTP, on a running relay and both brokers."""
 
 import json
-import os
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -133,9 +132,10 @@ def test_event_over_the_brokers_limit_is_a_413(postgres_server, tmp_path, channe
         assert "init-db" in refused.json()["error"]
 
 
-def test_event_is_answered_for_while_the_worker_ends(home, tmp_path, pages, channel):
-    """By 503, if it is not known whether the broker has it: never by 500."""
-    folder = home / f"ends-{channel}"
+@pytest.fixture
+def held_up(home, tmp_path, pages, channel):
+    """A relay, a page, and the answer to a publisher who waits since Redis stands still, beside the page's heartbeats."""
+    folder = home / f"intake-{channel}"
     folder.mkdir(mode=0o755)
     server = RedisServer(folder)
     try:
@@ -146,14 +146,24 @@ def test_event_is_answered_for_while_the_worker_ends(home, tmp_path, pages, chan
         ):
             (page,) = pages.open(relay.port, [f"/channel={channel}"])
             server.process.send_signal(signal.SIGSTOP)
-            answer = executor.submit(post, relay, f"/channel={channel}", {"data": "x"})
-            pages.until(lambda: page.body.count(b":\n\n") > 2, "heartbeats, and the event has been read before them")
-            relay.signal(signal.SIGTERM)
-            assert answer.result().status_code == 503
-            assert "Traceback" not in relay.log
+            try:
+                answer = executor.submit(post, relay, f"/channel={channel}", {"data": "late"})
+                beats = page.body.count(b":\n\n")
+                pages.until(lambda: page.body.count(b":\n\n") > beats + 2, "heartbeats")
+                assert not answer.done()
+                yield server, relay, page, answer
+            finally:
+                server.process.send_signal(signal.SIGCONT)
     finally:
-        server.process.send_signal(signal.SIGCONT)
         server.stop()
+
+
+def test_event_is_answered_for_while_the_worker_ends(held_up):
+    """By 503, if it is not known whether the broker has it: never by 500."""
+    _, relay, _, answer = held_up
+    relay.signal(signal.SIGTERM)
+    assert answer.result().status_code == 503
+    assert "Traceback" not in relay.log
 
 
 def test_body_that_is_too_large_is_not_read(relay, channel):
@@ -228,30 +238,12 @@ def test_broker_that_is_away_is_a_503(server_class, home, tmp_path, channel):
         server.stop("immediate")
 
 
-def test_streams_go_on_while_the_broker_takes_its_time(home, tmp_path, pages, channel):
+def test_streams_go_on_while_the_broker_takes_its_time(held_up, pages):
     """A publish that waits, here for a server that stands still, holds no loop: a stream has its heartbeats."""
-    folder = home / f"intake-{channel}"
-    folder.mkdir(mode=0o755)
-    server = RedisServer(folder)
-    try:
-        flags = ("--workers", "1", "--heartbeat", "1")
-        with (
-            Relay(tmp_path, *flags, **server.environment, RELAY_PUBLISH_TOKEN=TOKEN) as relay,
-            ThreadPoolExecutor(1) as executor,
-        ):
-            (page,) = pages.open(relay.port, [f"/channel={channel}"])
-            os.kill(server.process.pid, signal.SIGSTOP)
-            try:
-                publishing = executor.submit(post, relay, f"/channel={channel}", {"data": "late"})
-                beats = page.body.count(b":\n\n")
-                pages.until(lambda: page.body.count(b":\n\n") > beats + 2, "heartbeats")
-                assert not publishing.done()
-            finally:
-                os.kill(server.process.pid, signal.SIGCONT)
-            assert publishing.result().status_code == 202
-            got(pages, page, "late")
-    finally:
-        server.stop()
+    server, _, page, answer = held_up
+    server.process.send_signal(signal.SIGCONT)
+    assert answer.result().status_code == 202
+    got(pages, page, "late")
 
 
 def test_publishing_is_off_without_a_token(broker, tmp_path, channel):
