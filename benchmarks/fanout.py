@@ -198,17 +198,14 @@ def by_redis(server):
     return lambda _: lambda: client.publish("x", payload)
 
 
+def listening_on(port):
+    """The flags that relay and predecessor share."""
+    return ["--host", "127.0.0.1", "--port", port, "--workers", "1"]
+
+
 def of_relay(options, server):
     port = free_port()
-    command = [
-        Path(sys.executable).with_name("sse-relay-server"),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "--workers",
-        "1",
-    ]
+    command = [Path(sys.executable).with_name("sse-relay-server"), *listening_on(port)]
     env = {"REDIS_URL": server.url, "LOG_LEVEL": "WARNING"}
     return measure(Server("sse-relay-server", __version__, command, port, "/channel=x", by_redis(server), env), options)
 
@@ -221,17 +218,7 @@ def of_predecessor(options, server):
         return None
     port = free_port()
     # -I: its package has the name of a module of ours.
-    command = [
-        folder / "bin/python",
-        "-I",
-        folder / "bin/sse-relay-server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "--workers",
-        "1",
-    ]
+    command = [folder / "bin/python", "-I", folder / "bin/sse-relay-server", *listening_on(port)]
     env = {"REDIS_URL": server.url, "LOG_LEVEL": "WARNING", "ALLOWED_ORIGINS": "http://localhost"}
     version = PREDECESSOR[0].partition("==")[2]
     return measure(Server("its predecessor (Starlette)", version, command, port, "/x", by_redis(server), env), options)
