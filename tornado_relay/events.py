@@ -31,6 +31,15 @@ _BREAKS_A_FIELD = re.compile("[\r\n\0]")
 _DIGITS = re.compile("[0-9]{1,15}")  # re's \d would let other scripts' digits in; browsers want ASCII
 
 
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+# Made once: json.loads and json.dumps make anew for each event whatever is not the default.
+_from_json = json.JSONDecoder(parse_constant=_not_json).decode
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
     """One Server-Sent Event; a field that is None is not sent."""
@@ -73,7 +82,7 @@ def serialize(payload: Mapping[str, Any]) -> str:
         raise EventError(f"sse_payload['comment'] must be text, not {type(payload['comment']).__name__}", "comment")
     if payload.get("sep") not in (None, *SEPARATORS):
         raise EventError(f"sse_payload['sep'] is {payload['sep']!r}; it must be '\\n', '\\r\\n' or '\\r'", "sep")
-    return "{" + ",".join(f'"{key}":{_to_json(key, value)}' for key, value in payload.items()) + "}"
+    return "{" + ",".join(f'"{key}":{_field(key, value)}' for key, value in payload.items()) + "}"
 
 
 def own_id(payload: Mapping[str, Any]) -> str | None:
@@ -100,7 +109,7 @@ def check_kept_size(payload: str) -> None:
 def parse(payload: str) -> Event:
     """Return the event that a broker's payload stands for; never fails."""
     try:
-        fields = json.loads(payload, parse_constant=_not_json)
+        fields = _from_json(payload)
         if not isinstance(fields, dict) or not fields or not fields.keys() <= _KEY_SET:
             return Event(data=payload)
         sep = fields.get("sep")
@@ -166,7 +175,7 @@ def position(event_id: str) -> bytes:
 
 def stream_reset(reason: str, channels: tuple[str, ...]) -> bytes:
     """Return the frame that tells a stream on ``channels`` that it may have missed something."""
-    data = json.dumps({"reason": reason, "channels": channels}, ensure_ascii=False, separators=(",", ":"))
+    data = _to_json({"reason": reason, "channels": channels})
     return encode(Event(event="stream-reset", data=data))
 
 
@@ -189,9 +198,9 @@ def _check_retry(value: object) -> None:
         )
 
 
-def _to_json(key: str, value: object) -> str:
+def _field(key: str, value: object) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _to_json(value)
         text.encode()
     except UnicodeEncodeError as exc:
         raise EventError(f"sse_payload[{key!r}] holds half a surrogate pair, which UTF-8 cannot carry", key) from exc
@@ -200,14 +209,10 @@ def _to_json(key: str, value: object) -> str:
     return text
 
 
-def _not_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
 def _text(value: object) -> str:
     if isinstance(value, str):
         return value
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _to_json(value)
 
 
 def _line(value: object) -> str | None:
@@ -215,5 +220,7 @@ def _line(value: object) -> str | None:
 
 
 def _milliseconds(value: object) -> int | None:
+    if value is None:
+        return None
     text = value if isinstance(value, str) else _text(value)
     return int(text) if _DIGITS.fullmatch(text) else None
