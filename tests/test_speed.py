@@ -69,6 +69,17 @@ def test_events_that_wait_are_one_write_a_stream(relay, redis_server, tmp_path, 
     assert calls["sendto"] <= 5 * STREAMS, calls
 
 
+def test_channels_of_a_stream_are_one_round_trip(relay, redis_server, pages):
+    """One SUBSCRIBE for all that are new."""
+
+    def sent():
+        return redis_server.client.info("commandstats").get("cmdstat_subscribe", {"calls": 0})["calls"]
+
+    before = sent()
+    pages.open(relay.port, ["/events?" + "&".join(f"channel=c{number}" for number in range(50))])
+    assert sent() == before + 1
+
+
 def test_stream_opens_in_a_few_calls(relay, tmp_path, pages):
     """Taken, looked at, read, watched, written to; the log's line; a share of the loop's turns."""
     pages.open(relay.port, ["/channel=x"])

@@ -14,6 +14,7 @@ from .subscriptions import Subscriptions
 log = logging.getLogger(__name__)
 
 CONFIRM_TIMEOUT = 5.0
+"""Seconds, and up to a `Reader.sweep` more."""
 # A connection that held for this long was a good one: the next loss is mended from the shortest delay on.
 GOOD_SECONDS = 5.0
 
@@ -63,6 +64,7 @@ class Reader:
         self._on_up = on_up
         self._on_lost = on_lost
         self._backoff = Backoff()
+        self._now = asyncio.get_running_loop().time
         # The loop's time at which the connection came up; None before the first.
         self._up_since: float | None = None
         # What to call after the first try, and then no more.
@@ -85,27 +87,27 @@ class Reader:
         if self.trouble:
             raise BrokerUnavailable(self.trouble)
         targets = [self._listener.target(channel) for channel in channels]
-        waiters = self._subscriptions.acquire(targets)
-        if not waiters:
+        confirmed = self._subscriptions.acquire(targets, self._now())
+        if confirmed is None:
             return True
         self._listener.flush()
         try:
-            done, pending = await asyncio.wait(waiters, timeout=CONFIRM_TIMEOUT)
-            failed = next((waiter.exception() for waiter in done if waiter.exception()), None)
-            if pending or failed:
-                raise BrokerUnavailable(f"the subscription was not confirmed: {failed or 'no answer in time'}")
-        except BaseException:
-            self._subscriptions.release(targets, _now())
+            await confirmed
+        except BaseException as exc:
+            self._subscriptions.release(targets, self._now())
+            if isinstance(exc, BrokerUnavailable):
+                raise BrokerUnavailable(f"the subscription was not confirmed: {exc}") from exc
             raise
         return False
 
     def release(self, channels: Iterable[str]) -> None:
         """End a stream's subscription; the broker is told some seconds after a channel's last stream."""
-        self._subscriptions.release([self._listener.target(channel) for channel in channels], _now())
+        self._subscriptions.release([self._listener.target(channel) for channel in channels], self._now())
 
     def sweep(self) -> None:
-        """Drop what has been idle for long enough; called every second or so."""
-        if self._subscriptions.sweep(_now()) and not self.trouble:
+        """Drop what has been idle for long enough, and let nobody wait for ever; called every second or so."""
+        self._subscriptions.overdue(self._now() - CONFIRM_TIMEOUT, BrokerUnavailable("no answer in time"))
+        if self._subscriptions.sweep(self._now()) and not self.trouble:
             self._listener.flush()
 
     async def run(self, on_first: Callable[[BrokerRefused | None], None]) -> None:
@@ -125,7 +127,7 @@ class Reader:
                 self.trouble = str(exc)
                 self._subscriptions.lost(BrokerUnavailable(self.trouble))
                 self._first_done(exc if isinstance(exc, BrokerRefused) else None)
-            if self._up_since is not None and _now() - self._up_since >= GOOD_SECONDS:
+            if self._up_since is not None and self._now() - self._up_since >= GOOD_SECONDS:
                 self._backoff.reset()
             delay = self._backoff.next()
             log.warning("%s is not reachable, next try in %.1f s: %s", self.name, delay, self.trouble)
@@ -135,14 +137,10 @@ class Reader:
         self.trouble = None
         log.info("%s connected, listening to %d channels", self.name, len(self._subscriptions))
         self._on_up(self._up_since is not None)
-        self._up_since = _now()
+        self._up_since = self._now()
         self._first_done(None)
 
     def _first_done(self, refused: BrokerRefused | None) -> None:
         if self._on_first:
             on_first, self._on_first = self._on_first, None
             on_first(refused)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

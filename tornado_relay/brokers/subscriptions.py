@@ -13,6 +13,22 @@ from collections.abc import Iterable
 LINGER = 10.0
 
 
+class _Waiter:
+    """A stream that waits until the broker has confirmed so many channels."""
+
+    __slots__ = ("confirmed", "missing", "since")
+
+    def __init__(self, missing: int, since: float) -> None:
+        self.confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.missing = missing
+        self.since = since
+
+    def fail(self, error: Exception) -> None:
+        if not self.confirmed.done():
+            self.confirmed.set_exception(error)
+            self.confirmed.exception()  # marks it as seen: a stream that has gone does not look at it
+
+
 class Subscriptions:
     """
     The books of one reader.
@@ -24,8 +40,8 @@ class Subscriptions:
     def __init__(self) -> None:
         self._holders: dict[str, int] = {}
         self._confirmed: set[str] = set()
-        # Wanted from the broker and not confirmed yet, in the order of asking.
-        self._waiters: dict[str, asyncio.Future[None]] = {}
+        # Wanted from the broker and not confirmed yet, in the order of asking, each with the streams that wait for it.
+        self._waiters: dict[str, list[_Waiter]] = {}
         # The waiters' channels that no command has been sent for.
         self._to_add: dict[str, None] = {}
         # Confirmed, but without a holder since this time.
@@ -40,9 +56,9 @@ class Subscriptions:
         """Whether the broker has yet to confirm something that is wanted."""
         return bool(self._waiters)
 
-    def acquire(self, names: Iterable[str]) -> set[asyncio.Future[None]]:
-        """Hold ``names`` for a stream, and return what it must wait for. Pair it with `release`."""
-        waiters = set()
+    def acquire(self, names: Iterable[str], now: float) -> asyncio.Future[None] | None:
+        """Hold ``names`` for a stream, and return what it must wait for, if anything. Pair it with `release`."""
+        missing = []
         for name in names:
             self._holders[name] = self._holders.get(name, 0) + 1
             self._idle.pop(name, None)
@@ -50,8 +66,13 @@ class Subscriptions:
             if name not in self._confirmed:
                 if name not in self._waiters:
                     self._want(name)
-                waiters.add(self._waiters[name])
-        return waiters
+                missing.append(name)
+        if not missing:
+            return None
+        waiter = _Waiter(len(missing), now)
+        for name in missing:
+            self._waiters[name].append(waiter)
+        return waiter.confirmed
 
     def release(self, names: Iterable[str], now: float) -> None:
         """End the hold of a stream on ``names``; ``now`` is the loop's time in seconds."""
@@ -83,34 +104,36 @@ class Subscriptions:
         """Record that the broker listens to ``names``, and let their streams begin."""
         for name in names:
             self._confirmed.add(name)
-            waiter = self._waiters.pop(name, None)
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
+            for waiter in self._waiters.pop(name, ()):
+                waiter.missing -= 1
+                if not waiter.missing and not waiter.confirmed.done():
+                    waiter.confirmed.set_result(None)
 
     def refuse(self, name: str, error: Exception) -> None:
         """Record that the broker will not send ``name``, and fail the streams that wait for it."""
-        waiter = self._waiters.pop(name, None)
-        if waiter is not None and not waiter.done():
-            _fail(waiter, error)
+        for waiter in self._waiters.pop(name, ()):
+            waiter.fail(error)
+
+    def overdue(self, since: float, error: Exception) -> None:
+        """Fail with ``error`` who waits ``since`` that time or longer; the channels stay wanted."""
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                if waiter.since <= since:
+                    waiter.fail(error)
 
     def lost(self, error: Exception) -> None:
         """Forget what the broker knew, fail who waits with ``error``, and want again what is held."""
-        waiters, self._waiters = self._waiters, {}
+        lost, self._waiters = self._waiters, {}
         self._confirmed.clear()
         self._idle.clear()
         self._to_drop.clear()
         self._to_add.clear()
-        for waiter in waiters.values():
-            if not waiter.done():
-                _fail(waiter, error)
+        for waiters in lost.values():
+            for waiter in waiters:
+                waiter.fail(error)
         for name in self._holders:
             self._want(name)
 
     def _want(self, name: str) -> None:
         self._to_add[name] = None
-        self._waiters[name] = asyncio.get_running_loop().create_future()
-
-
-def _fail(waiter: asyncio.Future[None], error: Exception) -> None:
-    waiter.set_exception(error)
-    waiter.exception()  # marks it as seen: a stream that has gone does not look at it
+        self._waiters[name] = []

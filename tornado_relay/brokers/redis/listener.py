@@ -39,6 +39,8 @@ INBOX = 4
 # A connection that is quiet for this many seconds is sent a PING, and given as long again to answer.
 QUIET = 5.0
 
+_REFUSED = "refused"
+
 
 class RedisListener:
     """A `reader.Listener`; ``on_messages`` gets lists of messages in the order of arrival."""
@@ -52,19 +54,18 @@ class RedisListener:
         self._loop = IOLoop.current()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-listener")
 
-        # What the thread is to send, each (command, channel); a byte in the pipe wakes it. None ends it.
-        self._commands: deque[tuple[str, str] | None] = deque()
-        self._wake_read, self._wake_write = os.pipe()
-        for fd in (self._wake_read, self._wake_write):
-            os.set_blocking(fd, False)
+        # What the thread is to send, each a command and its channels; the counter (eventfd(2)) wakes it. None ends it.
+        self._commands: deque[tuple[str, list[str]] | None] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Whether the connection takes commands, and whether a flush is due in this turn of the loop.
         self._connected = False
         self._flush_due = False
-        # What the thread has read and the loop has not looked at; a batch a turn, so that sockets that can
-        # be written to come in between, and no reader counts as slow for want of a chance.
+        # What the thread has read and the loop has not looked at, and how many batches that is; one a turn, so that
+        # sockets that can be written to come in between, and no reader counts as slow for want of a chance.
         self._inbox: deque[list[Any]] = deque()
+        self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self._loop.add_handler(self._arrived, self._turn, IOLoop.READ)
         self._room = threading.Semaphore(INBOX)
-        self._turning = False
         # To be called once all that is held has been confirmed.
         self._on_up: Callable[[], None] | None = None
 
@@ -123,47 +124,37 @@ class RedisListener:
             add, drop = self.subscriptions.take(BATCH)
             if not add and not drop:
                 return
-            self._commands.extend([("UNSUBSCRIBE", name) for name in drop] + [("SUBSCRIBE", name) for name in add])
-            self._wake()
+            for command, names in (("UNSUBSCRIBE", drop), ("SUBSCRIBE", add)):
+                if names:
+                    self._send((command, names))
 
-    def _send(self, command: tuple[str, str] | None) -> None:
+    def _send(self, command: tuple[str, list[str]] | None) -> None:
         self._commands.append(command)
-        self._wake()
-
-    def _wake(self) -> None:
-        try:
-            os.write(self._wake_write, b"w")
-        except BlockingIOError:
-            pass  # full of bytes that have yet to wake the thread
+        os.eventfd_write(self._wake, 1)
 
     def _began(self) -> None:
         self._connected = True
         self._flush()
         self._check_up()
 
-    def _turn(self) -> None:
-        self._turning = bool(self._inbox)
-        if self._inbox:
-            self._received(self._inbox.popleft())
+    def _turn(self, *_: object) -> None:
+        os.eventfd_read(self._arrived)
+        if self._inbox:  # it is cleared when the connection is lost
+            replies = self._inbox.popleft()
             self._room.release()
-            self._loop.add_callback(self._turn)
-
-    def _arrived(self, replies: list[Any]) -> None:
-        self._inbox.append(replies)
-        if not self._turning:
-            self._turn()
+            self._received(replies)
 
     def _received(self, replies: list[Any]) -> None:
-        messages = []
-        for kind, *rest in replies:
+        messages, confirmed = [], []
+        for kind, name, what in replies:
             if kind == b"message":
-                messages.append(message.read(rest[0].decode(errors="replace"), rest[1].decode(errors="replace")))
+                messages.append(message.read(name.decode(errors="replace"), what.decode(errors="replace")))
             elif kind == b"subscribe":
-                self.subscriptions.confirm([rest[0].decode()])
-            elif kind == "refused":
-                name, error = rest
-                log.error("Redis refused SUBSCRIBE %s: %s", name, error)
-                self.subscriptions.refuse(name, BrokerUnavailable(error))
+                confirmed.append(name.decode())
+            elif kind == _REFUSED:
+                log.error("Redis refused SUBSCRIBE %s: %s", name, what)
+                self.subscriptions.refuse(name, BrokerUnavailable(what))
+        self.subscriptions.confirm(confirmed)
         self._check_up()
         if messages:
             self._on_messages(messages)
@@ -192,51 +183,70 @@ class RedisListener:
         poller = select.poll()
         # redis-py has no public way to wait for its socket and something else.
         poller.register(connection._sock, select.POLLIN)  # noqa: SLF001
-        poller.register(self._wake_read, select.POLLIN)
-        # The commands that have no reply yet; Redis answers in order, and messages come in between.
-        sent: deque[str] = deque()
+        poller.register(self._wake, select.POLLIN)
+        # The channels of each command that have no reply yet; Redis answers in order, and messages come in between.
+        sent: deque[list[str]] = deque()
         pinged, pinged_at = False, 0.0
         while True:
             ready = poller.poll(QUIET * 1000)
             if not ready:
                 if pinged:
                     raise redis.ConnectionError(f"no answer to PING in {QUIET:.0f} s")
-                connection.send_command("PING", check_health=False)
-                sent.append("")
+                _send(connection, sent, [("PING", [])])
                 pinged = True
                 pinged_at = time.monotonic()
-            if any(fd == self._wake_read for fd, _ in ready):
-                os.read(self._wake_read, 65536)
+            if any(fd == self._wake for fd, _ in ready):
+                os.eventfd_read(self._wake)
                 commands = [self._commands.popleft() for _ in range(len(self._commands))]
                 if None in commands:
                     return
-                # One command a channel: what an ACL forbids must fail alone.
-                connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-                sent.extend(name for _, name in commands)  # type: ignore[misc]
-            # That it can be read is known from the poll; asking redis-py takes several system calls.
-            more = any(fd != self._wake_read for fd, _ in ready)
+                _send(connection, sent, commands)  # type: ignore[arg-type]
+            # That it can be read is known from the poll; asking redis-py takes another system call.
+            more = any(fd != self._wake for fd, _ in ready)
             while more:
                 if pinged:
                     self.latency = time.monotonic() - pinged_at
                 pinged = False
                 self._room.acquire()
-                self._loop.add_callback(self._arrived, _batch(connection, sent))
-                more = connection.can_read()
+                replies, more = _batch(connection, sent)
+                self._hand_over(replies)
+
+    def _hand_over(self, replies: list[Any]) -> None:
+        self._inbox.append(replies)
+        os.eventfd_write(self._arrived, 1)
 
 
-def _batch(connection: Any, sent: deque[str]) -> list[Any]:
-    """Return what can be read at once, up to the limits of a batch; there must be something."""
+def _send(connection: Any, sent: deque[list[str]], commands: list[tuple[str, list[str]]]) -> None:
+    packed = connection.pack_commands([(command, *names) for command, names in commands])
+    connection.send_packed_command(packed, check_health=False)
+    sent.extend(names for _, names in commands)
+
+
+def _batch(connection: Any, sent: deque[list[str]]) -> tuple[list[Any], bool]:
+    """Return what can be read at once, up to the limits of a batch, and whether there is more; there must be something."""
     replies: list[Any] = []
     size = 0
-    while not replies or (len(replies) < BATCH and size < BATCH_BYTES and connection.can_read()):
+    while True:
         try:
             reply = connection.read_response(disable_decoding=True)
         except redis.ResponseError as exc:
-            reply = ["refused", sent.popleft(), str(exc)]
+            names = sent.popleft()
+            if len(names) > 1:
+                # Because of one of them; that must fail alone.
+                _send(connection, sent, [("SUBSCRIBE", [name]) for name in names])
+            else:
+                replies += [(_REFUSED, name, str(exc)) for name in names]
         else:
             if reply[0] == b"message":
                 size += len(reply[2])
-            else:
+                replies.append(reply)
+            elif not sent[0]:  # a PING
                 sent.popleft()
-        replies.append(reply)
-    return replies
+            else:
+                replies.append(reply)
+                if reply[1].decode() == sent[0][-1]:
+                    sent.popleft()
+        if not connection.can_read():
+            return replies, False
+        if len(replies) >= BATCH or size >= BATCH_BYTES:
+            return replies, True
