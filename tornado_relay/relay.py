@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from tornado.httputil import HTTPServerRequest
+
 from . import __version__, access
 from .authority import Authority
 from .brokers.reader import Reader
 from .hub import Hub
 from .intake import Intake
 from .limits import Seats, descriptor_limit, shares
-from .packing import Packer
+from .packing import Packer, accepts_gzip
 from .poller import Poller
 from .replay import Replay
 from .settings import Settings
@@ -63,8 +65,9 @@ class Relay:
         self.poller = Poller()
         self._opening: set[asyncio.Task[Any]] = set()
         self._publishing: set[asyncio.Task[Any]] = set()
-        self.packer = Packer() if settings.compression == "gzip" else None
-        self._heads: dict[tuple[str | None, bool], bytes] = {}
+        self._chunked = Packer(gzip=False)
+        self._gzipped = Packer(gzip=True) if settings.compression == "gzip" else None
+        self._heads: dict[tuple[str | None, Packer | None], bytes] = {}
 
     @property
     def trouble(self) -> str | None:
@@ -73,10 +76,20 @@ class Relay:
             return "the worker is draining"
         return f"{self.reader.name}: {self.reader.trouble}" if self.reader.trouble else None
 
-    def head(self, origin: str | None, *, packed: bool = False) -> bytes:
-        """Return status line and headers of a stream. The end of the connection ends it, so every client can read it."""
+    def packer(self, request: HTTPServerRequest) -> Packer | None:
+        """Return how a stream for ``request`` is put on the wire; None where the end of the connection must end it."""
+        if request.version == "HTTP/1.0":
+            return None
+        return (
+            self._gzipped
+            if self._gzipped and accepts_gzip(request.headers.get("Accept-Encoding", ""))
+            else self._chunked
+        )
+
+    def head(self, origin: str | None, packer: Packer | None = None) -> bytes:
+        """Return status line and headers of a stream; without ``packer`` the end of the connection ends it."""
         origin = None if self.origins.any else origin
-        head = self._heads.get((origin, packed))
+        head = self._heads.get((origin, packer))
         if head is None:
             headers = {
                 "Server": f"sse-relay-server/{__version__}",
@@ -86,12 +99,12 @@ class Relay:
                 "Connection": "close",
                 **self.origins.headers(origin),
             }
-            if packed:
-                headers["Content-Encoding"] = "gzip"
-            if self.packer:
+            if packer:
+                headers |= packer.headers
+            if self._gzipped:
                 headers["Vary"] = ", ".join(filter(None, [headers.get("Vary"), "Accept-Encoding"]))
             lines = ["HTTP/1.1 200 OK", *(f"{name}: {value}" for name, value in headers.items())]
-            head = self._heads[origin, packed] = "\r\n".join(lines).encode("latin-1")
+            head = self._heads[origin, packer] = "\r\n".join(lines).encode("latin-1")
         return b"%b\r\nDate: %b\r\n\r\n" % (head, email.utils.formatdate(usegmt=True).encode())
 
     @contextmanager

@@ -145,7 +145,7 @@ class Settings:
     )
     compression: str = _setting(
         "RELAY_COMPRESSION",
-        "off",
+        "gzip",
         values.choice("gzip", "off"),
         "gzip compresses events for clients that take it, each once for all streams | off",
     )

@@ -13,6 +13,8 @@ import socket
 from collections import deque
 from collections.abc import Callable
 
+from . import packing
+from .packing import Packer
 from .poller import Poller
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class Subscriber:
         "ends_at",
         "on_close",
         "opened_at",
-        "pack",
+        "packer",
         "position",
         "reason",
         "told",
@@ -81,8 +83,8 @@ class Subscriber:
         self._unread = 0
         # Resolved when nothing waits any more.
         self._drained: asyncio.Future[None] | None = None
-        # Compresses what is sent, if the client takes that.
-        self.pack: Callable[[bytes], bytes] | None = None
+        # How what is sent is put on the wire; None for a client of HTTP/1.0, for which it goes as it is.
+        self.packer: Packer | None = None
         # Why the stream was closed from our side, for the log.
         self.reason = "closed by the client"
 
@@ -108,8 +110,8 @@ class Subscriber:
         """
         if self._socket is None:
             return
-        if self.pack:
-            data = self.pack(data)
+        if self.packer:
+            data = self.packer.pack(data)
         if self._queue is None:
             try:
                 sent = self._socket.send(data, socket.MSG_DONTWAIT)
@@ -146,7 +148,10 @@ class Subscriber:
     def end(self, reason: str, retry: int) -> None:
         """Close the stream; its page comes back after ``retry`` milliseconds."""
         self.reason = reason
-        self.send(b"retry: %d\n\n" % retry)
+        last = b"retry: %d\n\n" % retry
+        if self.packer:
+            last, self.packer = self.packer.pack(last) + packing.END, None
+        self.send(last)
         self._close()
 
     def readable(self) -> None:

@@ -12,12 +12,11 @@ from tornado.httputil import HTTPServerRequest
 from tornado.ioloop import IOLoop
 from tornado.web import HTTPError
 
-from . import channels, events, packing
+from . import channels, events
 from .access import EVERYBODY, UNIX, Grant
 from .authority import REFUSALS, Question
 from .errors import AuthorityUnavailable, BrokerError, ChannelError, TokenError
 from .limits import network_of
-from .packing import accepts_gzip
 from .relay import RETRY, Relay
 from .subscriber import Subscriber
 
@@ -178,13 +177,10 @@ class Visit:
             subscriber.position = last
             begin += b"\n"
         origin, now = self._request.headers.get("Origin"), IOLoop.current().time()
-        packer = relay.packer if accepts_gzip(self._request.headers.get("Accept-Encoding", "")) else None
-        if packer:
-            begin = packing.HEADER + packing.deflate(begin)
-        head = relay.head(origin, packed=packer is not None) + begin
+        packer = relay.packer(self._request)
+        head = relay.head(origin, packer) + (packer.begin(begin) if packer else begin)
         subscriber.open(connection, relay.poller, head, relay.settings.client_buffer, now)
-        if packer:
-            subscriber.pack = packer.pack
+        subscriber.packer = packer
         log.info("stream opened: %s", subscriber)
         if replay:
             replay.admit(subscriber, behind=last is not None)
