@@ -279,3 +279,16 @@ def test_full_redis_is_still_read(home, tmp_path, pages, channel):
             publisher.close()
     finally:
         server.stop()
+
+
+def test_history_that_nobody_looks_after_is_said(kept_postgres, postgres_server, tmp_path):
+    """A relay without RELAY_HISTORY deletes nothing; where there is no history there is nothing to say."""
+    said = "nobody deletes what is old; set RELAY_HISTORY"
+    unread = {"DATABASE_URL": kept_postgres.environment["DATABASE_URL"]}
+    for environment, expected in (
+        (unread, True),
+        (kept_postgres.environment, False),
+        (postgres_server.environment, False),
+    ):
+        with Relay(tmp_path, "--workers", "1", **environment) as relay:
+            assert (said in relay.log) == expected

@@ -139,11 +139,7 @@ def _terminated(*_: object) -> NoReturn:
 
 
 def _notify(current: Settings, channel: str, event: str) -> int:
-    try:
-        payload = json.loads(event)
-    except (ValueError, RecursionError) as exc:
-        raise SettingsError(f"EVENT is not JSON: {exc}; a plain text is given as '\"text\"'") from exc
-    payload = payload if isinstance(payload, dict) else {"data": payload}
+    payload = events.of_argument(event)
     text = events.serialize(payload)
     channels.check(channel)
     open_publisher(*_require_broker(current)).publish(channel, text, events.own_id(payload))

@@ -85,6 +85,21 @@ def serialize(payload: Mapping[str, Any]) -> str:
     return "{" + ",".join(f'"{key}":{_field(key, value)}' for key, value in payload.items()) + "}"
 
 
+def of_argument(text: str) -> dict[str, Any]:
+    """
+    Return the event that a command's argument stands for: a JSON object, or any other JSON as its data.
+
+    Raises:
+        EventError: If it is no JSON.
+
+    """
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise EventError(f"EVENT is not JSON: {exc}; a plain text is given as '\"text\"'") from exc
+    return payload if isinstance(payload, dict) else {"data": payload}
+
+
 def own_id(payload: Mapping[str, Any]) -> str | None:
     """Return the id that a checked event has of its publisher's own, if a history is to find the event by it."""
     text = str(payload["id"]) if payload.get("id") is not None else ""

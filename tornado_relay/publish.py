@@ -6,12 +6,11 @@ Loads a driver at the first call only, and never Tornado.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from . import channels, events, settings
+from . import channels, events, project, settings
 from .errors import SettingsError
 
 
@@ -52,8 +51,8 @@ def notify(channel: str, sse_payload: Mapping[str, Any], *, using: str | None = 
     when the transaction has committed. Outside Django it is sent at once, on a connection that the
     process keeps. Threads and forked processes may call it.
 
-    The broker is what `REDIS_URL`, `DATABASE_URL` and `RELAY_USE_PG` say, in the environment or in the
-    working directory's ``.env``; where they say nothing, Django's database.
+    The broker is what `REDIS_URL`, `DATABASE_URL` and `RELAY_USE_PG` say, in Django's ``SSE_RELAY``, the
+    environment or the working directory's ``.env``; where they say nothing, Django's database.
 
     Args:
         channel: 1 to 200 characters without control characters; case matters.
@@ -61,7 +60,7 @@ def notify(channel: str, sse_payload: Mapping[str, Any], *, using: str | None = 
             can hold, which the page gets as JSON), ``retry`` (milliseconds), ``comment`` (text), ``sep``
             (line ending); at least one.
         using: Django's alias of the database, or of the transaction that Redis waits for; by default
-            ``default``.
+            what ``SSE_RELAY["DATABASE"]`` says, or else ``default``.
 
     Raises:
         ChannelError: If ``channel`` cannot be one.
@@ -75,7 +74,7 @@ def notify(channel: str, sse_payload: Mapping[str, Any], *, using: str | None = 
     channels.check(channel)
     payload = events.serialize(sse_payload)
     own_id = events.own_id(sse_payload)
-    broker, connection = _target(using)
+    broker, connection = target(using)
     if connection is None:
         _publisher(*broker).publish(channel, payload, own_id)
     elif broker is None:
@@ -109,7 +108,7 @@ def current_event_id(*, using: str | None = None) -> str:
         BrokerError: If the broker cannot be reached or refuses.
 
     """
-    broker, connection = _target(using)
+    broker, connection = target(using)
     if broker is None:
         from .brokers.postgres import publisher  # noqa: PLC0415
 
@@ -118,9 +117,9 @@ def current_event_id(*, using: str | None = None) -> str:
     return _publisher(*broker).newest()
 
 
-def _target(using: str | None) -> tuple[Any, Any]:
+def target(using: str | None = None) -> tuple[Any, Any]:
     """
-    Return broker and Django's connection as `notify` needs them.
+    Return broker and Django's connection as `notify` takes them.
 
     Without the connection this is outside of Django; without the broker, it is Django's database.
 
@@ -176,15 +175,16 @@ def open_publisher(kind: str, url: str) -> Publisher:
 
 def _django_connection(using: str | None) -> Any:
     """Return Django's connection that ``notify()`` is to follow, or None outside Django."""
-    conf = sys.modules.get("django.conf")
-    if conf is None or not conf.settings.configured:
+    if project.conf() is None:
         if using is not None:
             raise SettingsError(f"using={using!r} names a database of Django, but Django is not set up in this process")
         return None
     from django.db import connections  # noqa: PLC0415
 
-    if using is not None and using not in connections:
-        raise SettingsError(f"using={using!r} is not in DATABASES; known are {', '.join(connections)}")
-    connection = connections[using or "default"]
+    alias = using or project.alias()
+    if alias not in connections:
+        named = f"using={using!r}" if using else f"SSE_RELAY['DATABASE'], {alias!r},"
+        raise SettingsError(f"{named} is not in DATABASES; known are {', '.join(connections)}")
+    connection = connections[alias]
     # Django puts a dummy in the place of databases that a project does not have.
     return connection if connection.vendor != "unknown" else None

@@ -53,23 +53,9 @@ def install(url: str) -> Iterator[str]:
     connection.set_session(isolation_level="READ COMMITTED")
     try:
         with connection, connection.cursor() as cursor:
-            cursor.execute("SET LOCAL standard_conforming_strings = on")
-            if connection.get_parameter_status("server_encoding") == "SQL_ASCII":
-                raise BrokerError(
-                    "the database's encoding is SQL_ASCII, which lets in text that no one can read back; "
-                    "use one that was created with ENCODING 'UTF8'"
-                )
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-            found = _installed(cursor)
-            newest = versions()[-1][0]
-            if found > newest:
-                raise BrokerError(f"the database has version {found} of the history, this program knows {newest} only")
-            for number, text in versions():
-                if number > found:
-                    yield f"version {number}: creating"
-                    cursor.execute(text)
-                    cursor.execute(_RECORD, (number,))
-            yield f"{dsn.shown(url)} has version {newest} of the history" + (", as before" if found == newest else "")
+            done = [f"version {number}: creating" for number in upgrade(cursor)]
+            yield from done
+            yield f"{dsn.shown(url)} has version {versions()[-1][0]} of the history" + ("" if done else ", as before")
     except psycopg2.errors.InsufficientPrivilege as exc:
         raise BrokerRefused(
             f"{_first_line(exc)}; run it as the database's owner, or give psql what --print-sql prints"
@@ -80,7 +66,42 @@ def install(url: str) -> Iterator[str]:
         connection.close()
 
 
-def _installed(cursor: Any) -> int:
+def upgrade(cursor: Any, target: int | None = None) -> Iterator[int]:
+    """
+    Bring the database of an open transaction up to version ``target``, the newest by default, and yield what is created.
+
+    What has it already, or a newer one that this program knows, is left as it is.
+
+    Raises:
+        BrokerError: If the database cannot have a history, or has one that this program does not know.
+
+    """
+    cursor.execute("SET LOCAL standard_conforming_strings = on")
+    cursor.execute("SHOW server_encoding")
+    if cursor.fetchone()[0] == "SQL_ASCII":
+        raise BrokerError(
+            "the database's encoding is SQL_ASCII, which lets in text that no one can read back; "
+            "use one that was created with ENCODING 'UTF8'"
+        )
+    cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+    found, newest = installed(cursor), versions()[-1][0]
+    if found > newest:
+        raise BrokerError(f"the database has version {found} of the history, this program knows {newest} only")
+    for number, text in versions():
+        if found < number <= (target or newest):
+            cursor.execute(text)
+            cursor.execute(_RECORD, (number,))
+            yield number
+
+
+def remove(cursor: Any) -> None:
+    """Drop the history and all that belongs to it, and leave no trace."""
+    cursor.execute("DROP FUNCTION IF EXISTS relay_notify(text, jsonb)")
+    cursor.execute("DROP SCHEMA IF EXISTS sse_relay CASCADE")
+
+
+def installed(cursor: Any) -> int:
+    """Return the version of the history that the cursor's database has, 0 where there is none."""
     cursor.execute("SELECT count(*) FROM pg_catalog.pg_tables WHERE schemaname = 'sse_relay' AND tablename = 'version'")
     if not cursor.fetchone()[0]:
         return 0

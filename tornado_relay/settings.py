@@ -11,12 +11,13 @@ import difflib
 import math
 import os
 import re
+from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import values
+from . import project, values
 from .errors import SettingsError
 
 TRACE = 5
@@ -275,14 +276,34 @@ def current_broker() -> tuple[str, str] | None:
     """
     Return `Settings.broker` of this process as it is now, for ``notify()``; ``.env`` is read once.
 
+    A Django project's ``SSE_RELAY`` comes before the environment.
+
     Raises:
         SettingsError: If one of its variables is wrong.
 
     """
-    key = tuple(os.environ.get(variable) for variable in ("REDIS_URL", "DATABASE_URL", "RELAY_USE_PG"))
+    environ = _application()
+    key = tuple(environ.get(variable) for variable in ("REDIS_URL", "DATABASE_URL", "RELAY_USE_PG"))
     if key not in _brokers:
-        _brokers[key] = load(only=("redis_url", "database_url", "use_pg")).broker
+        _brokers[key] = load(only=("redis_url", "database_url", "use_pg"), environ=environ).broker
     return _brokers[key]
+
+
+def of_application(variable: str) -> str:
+    """
+    Return one of `project.VARIABLES` that is a text, for code that runs in an application; empty if it is not set.
+
+    Raises:
+        SettingsError: If ``SSE_RELAY`` or ``.env`` cannot be read.
+
+    """
+    environ = _application()
+    return (environ[variable] if variable in environ else read_env_file(None).get(variable) or "").strip()
+
+
+def _application() -> Mapping[str, str]:
+    """Return the environment of this process, with a Django project's own settings before it."""
+    return ChainMap(project.variables(), os.environ)
 
 
 _brokers: dict[tuple[str | None, ...], tuple[str, str] | None] = {}
@@ -311,7 +332,7 @@ def read_env_file(path: str | None) -> dict[str, str | None]:
 
 def misspelt_variables(env_file: str | None) -> list[str]:
     """Return a line for each variable that looks like a setting of ours and is none."""
-    known = [field.metadata["variable"] for field in FIELDS] + list(COMING)
+    known = [*(field.metadata["variable"] for field in FIELDS), *COMING, *project.VARIABLES]
     lines = []
     for name in sorted({*os.environ, *read_env_file(env_file)}):
         if name.startswith("RELAY_") and name not in known:

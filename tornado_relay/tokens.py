@@ -34,7 +34,7 @@ def subscribe_token(channels: str | Iterable[str], ttl: float = 3600, *, key: st
         channels: Names of channels, each exact or with a ``*`` at its end, which stands for anything.
         ttl: Seconds until the token ends, and the streams that were opened with it.
         key: The secret, or the PEM text of a private key. By default it is what ``RELAY_JWT_SECRET`` says, in
-            the environment or in ``.env``.
+            Django's ``SSE_RELAY``, the environment or ``.env``.
 
     Raises:
         ChannelError: If a name cannot be a channel's.
@@ -51,7 +51,7 @@ def subscribe_token(channels: str | Iterable[str], ttl: float = 3600, *, key: st
         names.check(name)
     jwt = _jwt()
     if key is None:
-        key = settings.load(only=("jwt_secret",)).jwt_secret
+        key = settings.of_application("RELAY_JWT_SECRET")
         if not key:
             raise SettingsError("RELAY_JWT_SECRET is not set; set it to the relay's, or give key= a private key")
     now = time.time()

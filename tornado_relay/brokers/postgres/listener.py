@@ -39,6 +39,8 @@ _FETCH = "SELECT id, payload FROM sse_relay.event WHERE id = ANY(%s)"
 # took a hundred times as long as running it.
 _SET_UP = "SET jit = off; SET enable_bitmapscan = off"
 
+_HAS_HISTORY = "SELECT to_regnamespace('sse_relay') IS NOT NULL"
+
 # A server that is starting, stopping or full will be another in a moment; every other FATAL at connect
 # (password, database, pg_hba.conf) needs a person. libpq gives no SQLSTATE here, only this text.
 _PASSING = ("starting up", "shutting down", "not yet accepting", "too many", "remaining connection slots", "recovery")
@@ -70,6 +72,7 @@ class PostgresListener:
         # From the first message on whose payload has to be read from the history, all wait for it.
         self._held: list[Message] = []
         self._fetching: asyncio.Task[None] | None = None
+        self._reads_history = False
         # The channel of the NOTIFYs to ourselves, and who waits for one.
         self._probe_channel = f"sse_relay_probe_{secrets.token_hex(8)}"
         self._probed: asyncio.Future[None] | None = None
@@ -93,6 +96,7 @@ class PostgresListener:
 
     def history(self, keep: int, seconds: float) -> PostgresHistory:
         """Return the history of this broker, which is read on this connection."""
+        self._reads_history = True
         return PostgresHistory(self.query, keep, seconds)
 
     def flush(self) -> None:
@@ -122,6 +126,11 @@ class PostgresListener:
             await self._execute("LISTEN", [self._probe_channel])
             await self._check_pooler()
             await self._run(_SET_UP)
+            if not self._reads_history and (await self._run(_HAS_HISTORY))[0][0]:
+                log.warning(
+                    "the database keeps a history of events, but RELAY_HISTORY is 0: no stream resumes, and nobody "
+                    "deletes what is old; set RELAY_HISTORY, such as RELAY_HISTORY=1000"
+                )
             await self._send_all()
             on_up()
             await self._serve()

@@ -1,0 +1,39 @@
+"""Where a stream is, as a page or a command asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from urllib.parse import quote, urlencode
+
+from .. import channels, settings
+from ..errors import SettingsError
+from ..tokens import subscribe_token
+
+
+def stream_url(names: Iterable[str], *, ttl: float = 3600, last_event_id: str = "") -> str:
+    """
+    Return the address of a stream on the channels ``names``, with a token for exactly them if the relay wants tokens.
+
+    Args:
+        names: The channels.
+        ttl: Seconds until the token ends, and the stream with it.
+        last_event_id: The event after which the stream is to begin; empty for now.
+
+    Raises:
+        ChannelError: If a name cannot be a channel's.
+        SettingsError: If ``RELAY_URL`` is not set, neither in ``SSE_RELAY`` nor in the environment.
+
+    """
+    wanted = [channels.check(name) for name in names]
+    base = settings.of_application("RELAY_URL").rstrip("/")
+    if not base:
+        raise SettingsError(
+            "RELAY_URL is not set; give the address at which browsers reach the relay, such as "
+            "SSE_RELAY = {'RELAY_URL': 'https://events.example.com'}"
+        )
+    query = [("channel", name) for name in wanted]
+    if settings.of_application("RELAY_JWT_SECRET"):
+        query.append(("token", subscribe_token(wanted, ttl)))
+    if last_event_id:
+        query.append(("last_event_id", last_event_id))
+    return f"{base}/events?{urlencode(query, quote_via=quote)}"
