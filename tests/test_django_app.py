@@ -61,10 +61,10 @@ def test_migration_leaves_other_databases_alone(project):
 @pytest.mark.parametrize(
     ("sse_relay", "database", "said"),
     [
-        ({}, "files", ["(sse_relay.E003)", "Django's database 'default' is sqlite"]),
+        ({}, "files", ["(sse_relay.W005)", "Django's database 'default' is sqlite"]),
         ({"REDIS_ULR": "redis://x"}, "default", ["(sse_relay.E002)", "'REDIS_ULR'", "did you mean REDIS_URL?"]),
         ("text", "default", ["(sse_relay.E001)", "SSE_RELAY is a str; it must be a dictionary"]),
-        ({"DATABASE": "other"}, "default", ["(sse_relay.E003)", "'other'", "known are default, files"]),
+        ({"DATABASE": "other"}, "default", ["(sse_relay.W005)", "'other'", "known are default, files"]),
         ({"RELAY_USE_PG": "perhaps"}, "default", ["(sse_relay.E003)", "RELAY_USE_PG: 'perhaps'"]),
         ({"RELAY_JWT_SECRET": "short"}, "default", ["(sse_relay.W001)", "has 5 bytes; it should have 32"]),
         ({"RELAY_URL": "events.example.com"}, "default", ["(sse_relay.E004)", "'events.example.com'"]),

@@ -73,7 +73,11 @@ def notify(channel: str, sse_payload: Mapping[str, Any], *, using: str | None = 
     """
     channels.check(channel)
     payload = events.serialize(sse_payload)
-    own_id = events.own_id(sse_payload)
+    send(channel, payload, events.own_id(sse_payload), using)
+
+
+def send(channel: str, payload: str, own_id: str | None, using: str | None) -> None:
+    """Send an event that has been checked, as `notify` does."""
     broker, connection = target(using)
     if connection is None:
         _publisher(*broker).publish(channel, payload, own_id)
