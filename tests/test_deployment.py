@@ -12,7 +12,7 @@ import pytest
 import yaml
 from programs import program
 from relay import COMMAND, ROOT, Relay, environment
-from servers import free_port, until
+from servers import PATIENCE, free_port, until
 from test_readme import block
 
 from tornado_relay.settings import FIELDS
@@ -144,6 +144,8 @@ def test_proxy_in_front_passes_events_at_once(redis_server, channel, tmp_path, c
                 [
                     curl,
                     "-skN",
+                    "--max-time",
+                    str(PATIENCE),
                     version,
                     "--resolve",
                     f"{address}:127.0.0.1",
@@ -159,10 +161,13 @@ def test_proxy_in_front_passes_events_at_once(redis_server, channel, tmp_path, c
                 line = b""
                 while not line.startswith(b"data: "):
                     line = client.stdout.readline()
+                    assert line, "the event did not come"
                 assert line == b"data: event %d\n" % number
             heartbeats = 0
             while heartbeats < 2:
-                heartbeats += client.stdout.readline() == b":\n"
+                line = client.stdout.readline()
+                assert line, "no heartbeat came"
+                heartbeats += line == b":\n"
             head = (tmp_path / "head").read_text().lower()
             assert head.startswith("http/2 200" if version == "--http2" else "http/1.1 200")
             assert "content-type: text/event-stream" in head

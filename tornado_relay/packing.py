@@ -30,6 +30,8 @@ END = b"0\r\n\r\n"
 """The last chunk of all."""
 
 _MAX_STORED = 0xFFFF
+# An empty block, as zlib's flush writes it: before one, Go's reader, and so Caddy, hands nothing on.
+_FLUSH = b"\0\0\0\xff\xff"
 
 
 class Packer:
@@ -69,7 +71,7 @@ def chunk(data: bytes) -> bytes:
 
 def deflate(data: bytes) -> bytes:
     """Return ``data`` as blocks that end at a byte, deflated or, where that would be longer, stored."""
-    stored = len(data) + 5 * -(-len(data) // _MAX_STORED)
+    stored = len(data) + 5 * -(-len(data) // _MAX_STORED) + len(_FLUSH)
     if len(data) >= MIN_BYTES:
         level = LEVEL if len(data) < LARGE_BYTES else LARGE_LEVEL
         compressor = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
@@ -77,7 +79,7 @@ def deflate(data: bytes) -> bytes:
         if len(packed) < stored:
             return packed
     parts = [data[at : at + _MAX_STORED] for at in range(0, len(data), _MAX_STORED)]
-    return b"".join(b"\0" + struct.pack("<HH", len(part), len(part) ^ 0xFFFF) + part for part in parts)
+    return b"".join([*(b"\0" + struct.pack("<HH", len(part), len(part) ^ 0xFFFF) + part for part in parts), _FLUSH])
 
 
 def accepts_gzip(accept_encoding: str) -> bool:
