@@ -168,7 +168,7 @@ async def test_stream_of_an_allowed_page_has_cors_with_credentials(fetch):
     answer = await fetch("/channel=x", method="HEAD", headers={"Origin": ORIGIN})
     assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
     assert answer.headers["Access-Control-Allow-Credentials"] == "true"
-    assert answer.headers["Vary"] == "Origin"
+    assert answer.headers["Vary"] == "Origin, Accept-Encoding"
 
 
 @pytest.mark.gen_test
