@@ -285,7 +285,7 @@ def test_commands_say_what_is_wrong(project, command, said):
 
 def test_sse_check_fails_where_the_relay_reads_another_broker(project, redis_server, tmp_path):
     """The event does not come, and it says why that may be."""
-    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+    with Relay(tmp_path, "--workers", "1", "--heartbeat", "1", **redis_server.environment) as relay:
         project.sse_relay = {"RELAY_URL": relay.url}
         answer = project.run("sse_check", status=1)
     assert "does the relay read the broker that notify() sends to?" in answer

@@ -9,6 +9,7 @@ import codecs
 import http.client
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
@@ -123,14 +124,34 @@ class Connection:
             error = BrokerUnavailable if self.response.status >= 500 else RelayError
             raise error(f"the relay answered {self.response.status}: {told}")
 
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._waiting: deque[Received] = deque()
+
     def __iter__(self) -> Iterator[Received]:
         """Yield events until the stream ends."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        while self._waiting or self._read():
+            while self._waiting:
+                yield self._waiting.popleft()
+
+    def next(self, seconds: float) -> Received | None:
+        """
+        Return the next event, or None if the stream ends first, or ``seconds`` have passed.
+
+        Heartbeats do not count; the connection's own time-out may be waited for once more.
+        """
+        end = time.monotonic() + seconds
+        while not self._waiting and time.monotonic() < end and self._read():
+            pass
+        return self._waiting.popleft() if self._waiting else None
+
+    def _read(self) -> bool:
+        """Take in what comes next, and return False if nothing more does."""
         try:
-            while chunk := self.response.read1(65536):
-                yield from self.parser.feed(decoder.decode(chunk))
+            chunk = self.response.read1(65536)
         except (OSError, http.client.HTTPException):
-            return
+            return False
+        self._waiting += self.parser.feed(self._decode(chunk))
+        return bool(chunk)
 
     def close(self) -> None:
         """End the stream from this side."""

@@ -39,7 +39,6 @@ class Stream:
     def __init__(self, url: str, timeout: float = 5) -> None:
         self._timeout = timeout
         self._connection = Connection(url, timeout=timeout)
-        self._events = iter(self._connection)
 
     def next(self) -> Received:
         """
@@ -49,9 +48,10 @@ class Stream:
             BrokerUnavailable: If none comes in time, or the stream has ended.
 
         """
-        for received in self._events:
-            return received
-        raise BrokerUnavailable(f"no event came within {self._timeout:g} s, or the stream has ended")
+        received = self._connection.next(self._timeout)
+        if received is None:
+            raise BrokerUnavailable(f"no event came within {self._timeout:g} s, or the stream has ended")
+        return received
 
     def close(self) -> None:
         """End the stream."""

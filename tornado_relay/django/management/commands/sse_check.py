@@ -53,7 +53,8 @@ class Command(BaseCommand):
         try:
             begin = time.monotonic()
             notify(channel, {"data": channel})
-            if not any(received.data == channel for received in connection):
+            received = connection.next(TIMEOUT)
+            if received is None or received.data != channel:
                 raise RelayError(
                     f"an event did not come within {TIMEOUT:.0f} s; does the relay read the broker that notify() sends to?"
                 )
