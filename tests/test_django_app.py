@@ -67,6 +67,7 @@ def test_migration_leaves_other_databases_alone(project):
         ({"DATABASE": "other"}, "default", ["(sse_relay.W005)", "'other'", "known are default, files"]),
         ({"RELAY_USE_PG": "perhaps"}, "default", ["(sse_relay.E003)", "RELAY_USE_PG: 'perhaps'"]),
         ({"RELAY_JWT_SECRET": "short"}, "default", ["(sse_relay.W001)", "has 5 bytes; it should have 32"]),
+        ({"RELAY_URL": "http:///events"}, "default", ["(sse_relay.E004)", "'http:///events'"]),
         ({"RELAY_URL": "events.example.com"}, "default", ["(sse_relay.E004)", "'events.example.com'"]),
     ],
 )
@@ -276,10 +277,13 @@ def test_commands(project, tmp_path, channel):
         (["sse_notify", "c", "1", "--database", "x"], "known are default, files"),
         (["sse_listen", "c"], "RELAY_URL is not set"),
         (["sse_check"], "RELAY_URL is not set"),
+        (["sse_listen", "c"], "'/events/events?channel=c' is not the address of a stream: it has no host"),
     ],
 )
 def test_commands_say_what_is_wrong(project, command, said):
     """In one line."""
+    if "no host" in said:
+        project.sse_relay = {"RELAY_URL": "/events"}
     assert said in project.run(*command, status=1)
 
 

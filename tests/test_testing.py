@@ -15,7 +15,7 @@ from tornado_relay.testing import live_relay
 CAPTURE = """
 from django.db import connection, transaction
 from django.test import TestCase, TransactionTestCase
-from tornado_relay import EventError, notify
+from tornado_relay import EventError, SettingsError, notify
 from tornado_relay.testing import capture_events
 from shop.models import Customer, Order
 
@@ -54,6 +54,11 @@ class Both:
 
     def test_rows(self):
         ann = Customer.objects.create(name="Ann")
+        with self.assertRaisesRegex(SettingsError, "known are default"), capture_events():
+            notify("a", {"data": 1}, using="other")
+        with capture_events() as events:
+            notify("orders", {"data": 1}, using="default")
+        self.assertEqual(len(events), 1)
         with capture_events() as events:
             order = Order.objects.create(customer=ann, total=1)
         self.assertEqual(events[0].channel, "orders")
@@ -86,14 +91,14 @@ class InTransactionTestCase(Both, TransactionTestCase):
 LIVE = """
 from django.conf import settings
 from django.test import TransactionTestCase
-from tornado_relay import BrokerUnavailable, notify, subscribe_token
-from tornado_relay.django.address import stream_url
+from tornado_relay import BrokerUnavailable, notify
+from tornado_relay.address import stream_url
 from tornado_relay.testing import Stream, live_relay
 
 
 class Live(TransactionTestCase):
     def test_event_reaches_a_stream(self):
-        with live_relay(RELAY_HISTORY="10", RELAY_HEARTBEAT="1") as relay, relay.stream("a", "b", token=subscribe_token(["a", "b"])) as stream:
+        with live_relay(RELAY_MAX_CONNECTIONS="10", RELAY_HEARTBEAT="1") as relay, relay.stream("a", "b") as stream:
             notify("b", {"event": "paid", "data": {"n": 1}})
             received = stream.next()
             self.assertEqual((received.event, received.data), ("paid", '{"n":1}'))

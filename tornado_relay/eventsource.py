@@ -102,6 +102,8 @@ class Connection:
         self.parser = Parser()
         try:
             parts = urlsplit(url)
+            if not parts.hostname and not unix_socket:
+                raise ValueError("it has no host")
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             self._http = kind(parts.hostname or "", parts.port, timeout=timeout)
             target = quote(f"{parts.path or '/'}?{parts.query}".rstrip("?"), safe="/?&=%:@+,;~!$'()*")

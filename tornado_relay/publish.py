@@ -132,7 +132,7 @@ def target(using: str | None = None) -> tuple[Any, Any]:
 
     """
     broker = settings.current_broker()
-    connection = _django_connection(using)
+    connection = django_connection(using)
     if connection is None and broker is None:
         raise SettingsError("notify() has no broker; set REDIS_URL, or DATABASE_URL (postgresql://...)")
     if connection is not None and connection.vendor == "postgresql" and (broker is None or broker[0] == "postgres"):
@@ -177,8 +177,14 @@ def open_publisher(kind: str, url: str) -> Publisher:
         raise SettingsError(f"{exc.name} is not installed; install sse-relay-server[{kind}]") from exc
 
 
-def _django_connection(using: str | None) -> Any:
-    """Return Django's connection that ``notify()`` is to follow, or None outside Django."""
+def django_connection(using: str | None) -> Any:
+    """
+    Return Django's connection that `notify` is to follow, or None outside Django, or where Django has no such database.
+
+    Raises:
+        SettingsError: If ``using`` is no alias.
+
+    """
     if project.conf() is None:
         if using is not None:
             raise SettingsError(f"using={using!r} names a database of Django, but Django is not set up in this process")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from django.core import checks
 
@@ -16,6 +16,8 @@ from ..tokens import MIN_SECRET_BYTES
 
 # Seconds by which a clock may differ before tokens are refused too early or too late for anybody to understand.
 MAX_SKEW = 5.0
+
+_ADDRESS = re.compile(r"https?://[^/?#\s]+[^?#\s]*$")
 
 
 @checks.register("sse_relay")
@@ -39,8 +41,7 @@ def check_settings(**_: Any) -> list[checks.CheckMessage]:
     if 0 < (size := len(secret.encode())) < MIN_SECRET_BYTES:
         text = f"RELAY_JWT_SECRET has {size} bytes; it should have {MIN_SECRET_BYTES} or more"
         found.append(checks.Warning(text, "openssl rand -base64 32", id="sse_relay.W001"))
-    parts = urlsplit(url)
-    if url and not url.startswith("/") and not (parts.scheme in ("http", "https") and parts.netloc):
+    if url and not url.startswith("/") and not _ADDRESS.match(url):
         text = (
             f"RELAY_URL is {url!r}; it must be an address such as https://events.example.com, or a path such as /events"
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
 from .. import project, publish
-from ..errors import SettingsError
 
 
 class Notified(NamedTuple):
@@ -42,9 +41,12 @@ class Captured(Sequence[Notified]):
     def _freeze(self) -> None:
         self._final = self._now()
 
-    def _add(self, notified: Notified, on_commit: Callable[[Callable[[], None]], None]) -> None:
+    def _add(self, notified: Notified, connection: Any) -> None:
         self._sent.append(_Sent(notified))
-        on_commit(self._sent[-1])
+        if connection is None:
+            self._sent[-1]()
+        else:
+            connection.on_commit(self._sent[-1])
 
     def __len__(self) -> int:
         return len(self._now())
@@ -87,31 +89,16 @@ def capture_events() -> Iterator[Captured]:
     captured, send = Captured(), publish.send
 
     def capture(channel: str, payload: str, own_id: str | None, using: str | None) -> None:
-        try:
-            broker, connection = publish.target(using)
-        except SettingsError:
-            if using is not None:
-                raise
-            broker, connection = None, None
-        else:
-            if broker is None:
-                send(channel, payload, own_id, using)
-        captured._add(Notified(channel, json.loads(payload)), _on_commit(connection, using))  # noqa: SLF001
+        connection = publish.django_connection(using)
+        if connection is not None and connection.vendor == "postgresql" and publish.target(using)[0] is None:
+            send(channel, payload, own_id, using)
+        captured._add(Notified(channel, json.loads(payload)), connection)  # noqa: SLF001
 
     with mock.patch.object(publish, "send", capture):
         try:
             yield captured
         finally:
             captured._freeze()  # noqa: SLF001
-
-
-def _on_commit(connection: Any, using: str | None) -> Callable[[Callable[[], None]], None]:
-    if connection is None and project.conf() is not None:
-        from django.db import connections  # noqa: PLC0415
-
-        connection = connections[using or project.alias()]
-        connection = connection if connection.vendor != "unknown" else None
-    return connection.on_commit if connection is not None else lambda call: call()
 
 
 def _waiting() -> set[Any]:

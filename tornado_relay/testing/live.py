@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from .. import channels, project, publish, settings
+from .. import project, publish, settings
+from ..address import stream_url
 from ..errors import BrokerUnavailable, RelayError, SettingsError
 from ..eventsource import Connection, Received
 
@@ -73,10 +74,9 @@ class LiveRelay:
         self.url = url
         """Where it is, such as ``http://127.0.0.1:40123``."""
 
-    def stream(self, *names: str, token: str = "", timeout: float = 5) -> Stream:
-        """Open a stream on the channels ``names``; what is sent after that reaches it."""
-        query = [("channel", channels.check(name)) for name in names] + ([("token", token)] if token else [])
-        return Stream(f"{self.url}/events?{urlencode(query, quote_via=quote)}", timeout)
+    def stream(self, *names: str, timeout: float = 5) -> Stream:
+        """Open a stream on the channels ``names``, with a token if need be; what is sent after that reaches it."""
+        return Stream(stream_url(names, base=self.url), timeout)
 
 
 @contextmanager

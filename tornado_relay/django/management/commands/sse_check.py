@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import Error
 
 from tornado_relay import RelayError, eventsource, notify, project, publish
-from tornado_relay.django.address import stream_url
+from tornado_relay.address import stream_url
 
 # Seconds that an event may take from `notify` to a stream.
 TIMEOUT = 5.0

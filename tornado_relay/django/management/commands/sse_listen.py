@@ -9,7 +9,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from tornado_relay import RelayError, eventsource
-from tornado_relay.django.address import stream_url
+from tornado_relay.address import stream_url
 
 
 class Command(BaseCommand):

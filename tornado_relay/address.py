@@ -1,21 +1,22 @@
-"""Where a stream is, as a page or a command asks for it."""
+"""Where a stream is, as a page, a command or a test asks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from urllib.parse import quote, urlencode
 
-from .. import channels, settings
-from ..errors import SettingsError
-from ..tokens import subscribe_token
+from . import channels, settings
+from .errors import SettingsError
+from .tokens import subscribe_token
 
 
-def stream_url(names: Iterable[str], *, ttl: float = 3600, last_event_id: str = "") -> str:
+def stream_url(names: Iterable[str], *, base: str = "", ttl: float = 3600, last_event_id: str = "") -> str:
     """
     Return the address of a stream on the channels ``names``, with a token for exactly them if the relay wants tokens.
 
     Args:
         names: The channels.
+        base: Where the relay is; by default what ``RELAY_URL`` says.
         ttl: Seconds until the token ends, and the stream with it.
         last_event_id: The event after which the stream is to begin; empty for now.
 
@@ -25,7 +26,7 @@ def stream_url(names: Iterable[str], *, ttl: float = 3600, last_event_id: str = 
 
     """
     wanted = [channels.check(name) for name in names]
-    base = settings.of_application("RELAY_URL").rstrip("/")
+    base = (base or settings.of_application("RELAY_URL")).rstrip("/")
     if not base:
         raise SettingsError(
             "RELAY_URL is not set; give the address at which browsers reach the relay, such as "
