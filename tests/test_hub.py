@@ -7,8 +7,9 @@ from tornado_relay.hub import TURN, Hub
 
 
 class Sink:
-    def __init__(self, *channels):
+    def __init__(self, *channels, labels=False):
         self.channels = self.audible = channels
+        self.labels = labels
         self.sent = []
         self.position = 0
 
@@ -21,8 +22,8 @@ def hub():
     return Hub()
 
 
-def joined(hub, *channels):
-    sink = Sink(*channels)
+def joined(hub, *channels, labels=False):
+    sink = Sink(*channels, labels=labels)
     hub.add(sink)
     return sink
 
@@ -69,6 +70,35 @@ def test_event_reaches_a_stream_once(hub):
     sink = joined(hub, "Orders", "orders")
     hub.deliver([Message("orders", "x")])
     assert sink.sent == [b"data: x\n\n"]
+
+
+def test_labels(hub):
+    """Of two streams on the same channels the one that wants labels is told which channel an event is of; on one, or several."""
+    plain, labelled = ([joined(hub, *names, labels=labels) for names in ("a", "ab")] for labels in (False, True))
+    hub.deliver([Message("a", "1", seq=7), Message("b", "2")])
+    assert [sink.sent for sink in plain] == [[b"data: 1\n\n"], [b"data: 1\n\ndata: 2\n\n"]]
+    assert [sink.sent for sink in labelled] == [
+        [b"channel: a\nseq: 7\ndata: 1\n\n"],
+        [b"channel: a\nseq: 7\ndata: 1\n\nchannel: b\ndata: 2\n\n"],
+    ]
+
+
+def test_labelled_streams_share_their_bytes_too(hub):
+    """Those on the same channel get one object, which is packed once."""
+    a, b = joined(hub, "a", labels=True), joined(hub, "a", labels=True)
+    hub.deliver([Message("a", "1"), Message("a", "2")])
+    assert a.sent == [b"channel: a\ndata: 1\n\nchannel: a\ndata: 2\n\n"]
+    assert a.sent[0] is b.sent[0]
+
+
+def test_nothing_is_labelled_for_nobody(hub, monkeypatch):
+    """Once the last stream that wants labels has left."""
+    import tornado_relay.events
+
+    joined(hub, "a")
+    hub.remove(joined(hub, "a", labels=True))
+    monkeypatch.delattr(tornado_relay.events, "label")
+    hub.deliver([Message("a", "1")])
 
 
 def test_removed_stream_gets_nothing_and_is_forgotten(hub):
@@ -285,6 +315,19 @@ def test_what_waits_for_its_pass_goes_out_in_one_write(turns):
         (b"data: 1\n\n", b"data: 2\n\ndata: 3\n\n", b"data: 4\n\ndata: 5\n\n")
     }
     assert late.sent == [b"data: 4\n\ndata: 5\n\n"]
+
+
+def test_long_passes_of_labelled_streams(turns):
+    """They are apart from those of the same channel's other streams, and give way as these do."""
+    hub = Hub(later=turns.append)
+    plain, labelled = ([joined(hub, "a", labels=labels) for _ in range(2 * TURN)] for labels in (False, True))
+    hub.deliver([Message("a", "1")])
+    turns.run()
+    turns.run()
+    assert [sum(bool(sink.sent) for sink in sinks) for sinks in (plain, labelled)] == [TURN] * 2
+    while turns:
+        turns.run()
+    assert {tuple(sink.sent) for sink in labelled} == {(b"channel: a\ndata: 1\n\n",)}
 
 
 def test_long_passes_take_turns(turns):

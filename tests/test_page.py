@@ -37,6 +37,15 @@ def test_page_that_there_was_no_room_for_ends_all_before_its_first_event():
     assert part(2, pages, [[], []], HEAD) == Part(b"3.", 4, False, {})
 
 
+def test_labels():
+    """Each event is told the channel of, whether it was kept or has come live."""
+    pages = {"a": whole(3), "b": whole(5)}
+    tails = [frames(101), frames(102)]
+    lines = [("a", 3), ("b", 5), ("a", 101), ("b", 102)]
+    data = b"".join(b"channel: %b\nseq: %d\n%d." % (name.encode(), number, number) for name, number in lines)
+    assert part(2, pages, tails, HEAD, labels=True) == Part(data, 102, True, {})
+
+
 def test_live_events_follow_each_once():
     """Those that the pages have already are left out."""
     pages = {"a": whole(3, 99), "b": whole()}

@@ -37,6 +37,23 @@ def test_header_and_query(relay, kept, pages, channel):
     got(pages, by_both, "3")
 
 
+def test_labels_of_what_was_missed(relay, kept, pages, channel):
+    """They come with the history too: of each event its channel, and the number that its id has, also behind one of its own."""
+    (page,) = pages.open(relay.port, [f"/channel={channel}"])
+    kept.publish(channel, "1", id="own")
+    kept.publish(f"{channel}-2", "2")
+    path = f"/events?channel={channel}&channel={channel}-2&labels=1&last_event_id={page.parser.last_event_id}"
+    (back,) = pages.open(relay.port, [path])
+    got(pages, back, "1", "2")
+    kept.publish(channel, "3")
+    got(pages, back, "1", "2", "3")
+    numbers = [int(number) for number in re.findall(rb"\nid: [0-9a-z]+-(\d+)\n", back.body)]
+    first, second, third = sorted(dict.fromkeys(numbers))[-3:]
+    labels = re.findall(rb"channel: (\S+)\nseq: (\d+)\n", back.body)
+    names = [channel.encode(), f"{channel}-2".encode(), channel.encode()]
+    assert labels == [(name, b"%d" % number) for name, number in zip(names, (first, second, third), strict=True)]
+
+
 def test_earliest_is_all_that_is_kept(relay, kept, pages, channel):
     """For a page that has nothing yet."""
     kept.publish(channel, "1", "2")

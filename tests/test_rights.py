@@ -79,6 +79,22 @@ ATTEMPTS = {
     "not Bearer": (f"/channel={YOURS}", {"Authorization": f"Basic {token(YOURS)}"}, 401),
     "bad cookie, good query": (f"/channel={YOURS}?token={token(YOURS)}", {"Cookie": "relay_token=x"}, 401),
     "other cookie": (f"/channel={YOURS}", {"Cookie": f"token={token(YOURS)}"}, 401),
+    "two tokens, none for it": (
+        f"/events?channel={MINE}&channel={YOURS}&token={token(MINE)}&token={token('more')}",
+        {},
+        403,
+    ),
+    "two tokens, one of no key": (f"/channel={YOURS}?token={token(MINE)}&token={token(YOURS, key=OTHER)}", {}, 401),
+    "two tokens, the right one expired": (
+        f"/channel={YOURS}?token={token(YOURS, exp=time.time() - 1)}&token={token(MINE)}",
+        {},
+        401,
+    ),
+    "a token more beside the cookie": (
+        f"/channel={YOURS}?token={token(YOURS)}",
+        {"Cookie": f"relay_token={token(MINE)}"},
+        403,
+    ),
     "last id": (f"/channel={YOURS}?last_event_id=earliest", {"Last-Event-ID": "earliest"}, 401),
 }
 
@@ -105,12 +121,13 @@ def test_no_event_without_a_right_to_it(guarded, postgres_server, pages, name):
         (f"/channel={MINE}", {"Cookie": f"a=b; relay_token={token(MINE)}"}),
         (f"/{MINE}", {"Authorization": f"bearer {token('mi*')}"}),
         (f"/events?channel={MINE}&token={token('*')}&channel=other", {}),
+        (f"/events?channel={MINE}&channel=b&token={token('b')}&token={token(MINE)}&token={token('c')}", {}),
         (f"/channel={MINE}", {"Authorization": f"Bearer {token(MINE, key=RSA, algorithm='RS256')}"}),
         (f"/channel={MINE}", {"Cookie": f"relay_token={token(MINE)}", "Authorization": "Bearer x"}),
     ],
 )
 def test_who_has_a_right_is_let_in(guarded, postgres_server, pages, path, headers):
-    """By cookie, Bearer, or query, in this order; exact, by a prefix, or for all; by either key."""
+    """By cookie, Bearer, or query, in this order; exact, by a prefix, or for all; by either key; by several tokens together."""
     (page,) = pages.open(guarded.port, [path], headers)
     postgres_server.publish(MINE, "hello")
     pages.until(lambda: page.events, "the event")
@@ -138,6 +155,14 @@ def test_stream_ends_with_its_token(guarded, pages):
     assert page.parser.retry is not None
     (again,) = pages.open(guarded.port, [page.path])
     assert again.status == 401
+
+
+def test_stream_of_several_tokens_ends_with_the_first_of_them(guarded, pages):
+    """From then on not all that it delivers is covered."""
+    query = f"token={token(MINE)}&token={token(YOURS, exp=time.time() + 2)}&token={token('more')}"
+    (page,) = pages.open(guarded.port, [f"/events?channel={MINE}&channel={YOURS}&{query}"])
+    pages.until(lambda: page.closed, "its end", 6)
+    assert page.status == 200
 
 
 def test_tokens_are_in_no_log(guarded, pages):

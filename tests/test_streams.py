@@ -52,6 +52,21 @@ def test_many_channels_in_one_stream_keep_the_order_of_the_broker(relay, broker,
     assert page.data == expected
 
 
+def test_labelled_stream(relay, broker, pages, channel):
+    """With labels=1 a client is told how often something comes, and of which channel each event is."""
+    labelled, plain = pages.open(
+        relay.port, [f"/events?channel={channel}&channel={channel}-2{more}" for more in ("&labels=1", "")]
+    )
+    broker.publish(channel, "1")
+    broker.publish(f"{channel}-2", "2")
+    pages.until(lambda: len(labelled.events) == len(plain.events) == 2, "both events")
+    assert labelled.data == plain.data == ["1", "2"]
+    assert b"heartbeat: 15\nfolds: %d\n" % (broker.kind == "postgres") in labelled.body
+    assert f"channel: {channel}\ndata: 1\n\nchannel: {channel}-2\ndata: 2\n\n".encode() in labelled.body
+    assert b"channel: " not in plain.body
+    assert b"heartbeat: " not in plain.body
+
+
 def test_http_1_0_client_gets_a_plain_stream(relay, broker, pages, channel):
     """A client of HTTP/1.0, as nginx is by default, gets the bytes unchunked."""
     (page,) = pages.open(relay.port, [f"/channel={channel}"], version="1.0")

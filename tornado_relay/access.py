@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 # What a preflight may ask for: EventSource sends the first, clients built on fetch() send the others too.
 ALLOWED_HEADERS = "Last-Event-ID, Cache-Control, Authorization"
@@ -65,12 +65,18 @@ class Grant:
 
     def __init__(self, patterns: Iterable[str], expires_at: float | None = None) -> None:
         self.expires_at = expires_at
-        self._names = frozenset(patterns)
-        self._prefixes = tuple(pattern[:-1] for pattern in self._names if pattern.endswith("*"))
+        self.patterns = frozenset(patterns)
+        self._prefixes = tuple(pattern[:-1] for pattern in self.patterns if pattern.endswith("*"))
 
     def allows(self, channel: str) -> bool:
         """Whether it covers ``channel``, which is a name: a ``*`` in it stands for itself."""
-        return channel in self._names or channel.startswith(self._prefixes)
+        return channel in self.patterns or channel.startswith(self._prefixes)
+
+
+def joined(grants: Sequence[Grant]) -> Grant:
+    """Return what all of ``grants`` give together, as long as none has ended."""
+    ends = [grant.expires_at for grant in grants if grant.expires_at is not None]
+    return Grant([pattern for grant in grants for pattern in grant.patterns], min(ends, default=None))
 
 
 EVERYBODY = Grant(["*"])

@@ -188,6 +188,16 @@ def position(event_id: str) -> bytes:
     return b"id: %b\n\n" % event_id.encode()
 
 
+def label(channel: str, seq: int) -> bytes:
+    """
+    Return the lines that tell, before an event's own, of which channel it is and its number in the history, if it has one.
+
+    They are fields that the HTML standard does not know, which a browser's EventSource ignores.
+    """
+    name = b"channel: %b\n" % channel.encode()
+    return name + b"seq: %d\n" % seq if seq else name
+
+
 def stream_reset(reason: str, channels: tuple[str, ...]) -> bytes:
     """Return the frame that tells a stream on ``channels`` that it may have missed something."""
     data = _to_json({"reason": reason, "channels": channels})

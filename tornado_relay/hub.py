@@ -29,6 +29,8 @@ class Sink(Protocol):
     """Those, and their twins: the channels whose events it gets."""
     position: int
     """The place in the history up to which it has everything; 0 without one."""
+    labels: bool
+    """Whether it is told of which channel each event is; see `events.label`."""
     beat: int
     """Which of the heartbeats is its; set by the hub."""
 
@@ -92,8 +94,9 @@ class Hub:
     def __init__(self, *, history: bool = False, later: Callable[[Callable[[], None]], object] | None = None) -> None:
         self.history = history
         self._later = later
-        # What is still to be sent, by channel, and under None for streams on several; in each the oldest pass first.
-        self._passes: dict[str | None, deque[_Pass]] = {}
+        # What is still to be sent, by channel and whether with labels, and under None for streams on several; in each
+        # the oldest pass first.
+        self._passes: dict[tuple[str, bool] | None, deque[_Pass]] = {}
         # Whether they are to go on; a call is on its way then, also if there is nothing left for it.
         self._due = False
         # How often a stream has been put anywhere: what is delivered later is not for the same ones.
@@ -111,6 +114,8 @@ class Hub:
 
         # Streams on this channel alone, which share one piece of bytes; dicts as ordered sets.
         self._solo: dict[str, dict[Sink, None]] = {}
+        # The same for those that want labels.
+        self._labelled: dict[str, dict[Sink, None]] = {}
         # Streams on this and other channels, for which each batch is put together one by one.
         self._mixed: dict[str, dict[Sink, None]] = {}
         # Streams that the history has brought further than the broker's messages have come. What they have
@@ -118,8 +123,10 @@ class Hub:
         self._ahead: dict[str, dict[Sink, None]] = {}
         # Streams that get nothing of the history for the time being.
         self._held: dict[str, dict[Sink, None]] = {}
-        # All streams, and which of the four maps each is in.
+        # All streams, and which of the five maps each is in.
         self._sinks: dict[Sink, dict[str, dict[Sink, None]]] = {}
+        # How many of them want labels: without any, nothing is labelled.
+        self._labels = 0
         # What has been delivered since `record`, of the channels that it was given.
         self._recording: dict[str, list[tuple[int, bytes]]] = {}
 
@@ -134,7 +141,7 @@ class Hub:
 
     def add(self, sink: Sink) -> None:
         """Deliver to ``sink`` from now on."""
-        self._place(sink, self._solo if len(sink.audible) == 1 else self._mixed)
+        self._place(sink, self._mixed if len(sink.audible) > 1 else self._labelled if sink.labels else self._solo)
 
     def join(self, sink: Sink) -> None:
         """Deliver to ``sink`` what is behind its position, from now on."""
@@ -173,6 +180,7 @@ class Hub:
             return False
         self._unplace(sink)
         del self._sinks[sink]
+        self._labels -= sink.labels
         return True
 
     def record(self, channels: Iterable[str]) -> dict[str, list[tuple[int, bytes]]]:
@@ -182,26 +190,30 @@ class Hub:
 
     def deliver(self, messages: Iterable[Message]) -> None:
         """Send a batch of messages, each encoded once for all its streams."""
-        shared: dict[str, list[bytes]] = {}
+        shared: dict[tuple[str, bool], list[bytes]] = {}
         own: dict[Sink, list[bytes]] = {}
         for message in messages:
             channel, seq = message.channel, message.seq
             if self.history:
                 self._note(message, own)
             solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
+            labelled = self._labelled.get(channel) if self._labels else None
             recording = self._recording.get(channel) if seq else None
-            if solo is None and mixed is None and ahead is None and recording is None:
+            if solo is None and labelled is None and mixed is None and ahead is None and recording is None:
                 continue
             frame = self._frame(message)
+            with_label = events.label(channel, seq) + frame if self._labels else frame
             if recording is not None:
                 recording.append((seq, frame))
             if solo is not None:
-                shared.setdefault(channel, []).append(frame)
+                shared.setdefault((channel, False), []).append(frame)
+            if labelled is not None:
+                shared.setdefault((channel, True), []).append(with_label)
             for sink in mixed or ():
-                own.setdefault(sink, []).append(frame)
+                own.setdefault(sink, []).append(with_label if sink.labels else frame)
             for sink in ahead or ():
                 if not seq or seq > sink.position:
-                    own.setdefault(sink, []).append(frame)
+                    own.setdefault(sink, []).append(with_label if sink.labels else frame)
         self._send(shared, own)
         if self._ahead:
             self._settle()
@@ -211,14 +223,16 @@ class Hub:
         while self._passes:
             self._turn()
 
-    def _send(self, shared: dict[str, list[bytes]], own: dict[Sink, list[bytes]]) -> None:
-        for channel, frames in shared.items():
-            sinks, passes = self._solo.get(channel, {}), self._passes.get(channel)
+    def _send(self, shared: dict[tuple[str, bool], list[bytes]], own: dict[Sink, list[bytes]]) -> None:
+        for key, frames in shared.items():
+            channel, labels = key
+            sinks = (self._labelled if labels else self._solo).get(channel, {})
+            passes = self._passes.get(key)
             if passes and passes[-1].additions == self._additions and passes[-1].extend(frames):
                 continue
             if len(sinks) > TURN or passes:
                 # Those that are there now: whoever comes meanwhile comes behind this event.
-                self._pass(channel, _Pass(list(sinks), frames, self._additions))
+                self._pass(key, _Pass(list(sinks), frames, self._additions))
             else:
                 data = b"".join(frames)
                 for sink in list(sinks):
@@ -229,7 +243,7 @@ class Hub:
             for sink, frames in own.items():
                 sink.send(b"".join(frames))
 
-    def _pass(self, key: str | None, what: _Pass) -> None:
+    def _pass(self, key: tuple[str, bool] | None, what: _Pass) -> None:
         self._passes.setdefault(key, deque()).append(what)
         if self._later is None:
             self.finish()
@@ -319,6 +333,7 @@ class Hub:
         self._additions += 1
         if sink not in self._sinks:
             sink.beat = self._additions % BEATS
+            self._labels += sink.labels
         self._sinks[sink] = place
         for channel in sink.audible:
             place.setdefault(channel, {})[sink] = None

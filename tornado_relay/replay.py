@@ -279,15 +279,15 @@ class Replay:
         return _Read(streams, dict(zip(places, framed, strict=True)), recorded, head)
 
     async def _serve(self, read: _Read, begun: tuple[bool, int, int]) -> None:
-        parts: dict[tuple[tuple[str, ...], int], Part] = {}
+        parts: dict[tuple[tuple[str, ...], int, bool], Part] = {}
         for number, stream in enumerate(read.streams, 1):
             self._behind.pop(stream, None)
             if stream in self._hub:
-                key = audible, position = stream.audible, stream.position
+                key = audible, position, labels = stream.audible, stream.position, stream.labels
                 if key not in parts:
                     pages = {channel: read.pages[channel, position] for channel in audible}
                     tails = [read.recorded[channel] for channel in audible]
-                    parts[key] = part(position, pages, tails, read.head)
+                    parts[key] = part(position, pages, tails, read.head, labels=labels)
                 self._give(stream, parts[key])
             if number % STREAMS == 0:
                 await asyncio.sleep(0)

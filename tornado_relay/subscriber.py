@@ -44,6 +44,7 @@ class Subscriber:
         "buffer",
         "channels",
         "ends_at",
+        "labels",
         "on_close",
         "opened_at",
         "packer",
@@ -58,12 +59,14 @@ class Subscriber:
         audible: tuple[str, ...],
         *,
         address: str,
+        labels: bool,
         ends_at: float | None,
         on_close: Callable[[Subscriber], None],
     ) -> None:
         self.channels = channels
         self.audible = audible
         self.address = address
+        self.labels = labels
         # The loop's time at which the stream is to end, if it has to.
         self.ends_at = ends_at
         self.on_close = on_close

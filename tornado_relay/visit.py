@@ -13,7 +13,7 @@ from tornado.ioloop import IOLoop
 from tornado.web import HTTPError
 
 from . import channels, events
-from .access import EVERYBODY, UNIX, Grant
+from .access import EVERYBODY, UNIX, Grant, joined
 from .authority import REFUSALS, Question
 from .errors import AuthorityUnavailable, BrokerError, ChannelError, TokenError
 from .limits import network_of
@@ -48,7 +48,7 @@ class Visit:
 
     """
 
-    __slots__ = ("_relay", "_request", "address", "channels", "last_event_id")
+    __slots__ = ("_relay", "_request", "address", "channels", "labels", "last_event_id")
 
     def __init__(self, relay: Relay, request: HTTPServerRequest, path_channel: str | None, peer: str) -> None:
         self._relay = relay
@@ -56,27 +56,32 @@ class Visit:
         self.channels = channels_of(request, path_channel)
         # Before anything is held, since it may be no text.
         self.last_event_id = _last_event_id(request)
+        self.labels = _query(request, "labels") == "1"
         self.address = relay.proxies.client(peer, request.headers.get_list("X-Forwarded-For"))
 
     def grant(self) -> Grant:
         """
-        Return what the client's token lets it listen to.
+        Return what the client's token, or its tokens together, let it listen to.
 
         Raises:
-            HTTPError: 401 without a token that counts, 403 if it does not cover all that is asked for.
+            HTTPError: 401 without a token, or with one that does not count; 403 if they do not cover all that is asked
+                for.
 
         """
         if not self._relay.keys:
             return EVERYBODY
-        # The first that is there counts, and no other is tried in its place.
+        # The first place where there is one counts, and no other is looked at.
         cookie = self._request.cookies.get("relay_token")
-        token = (cookie and cookie.value) or bearer(self._request) or _query(self._request, "token")
-        if not token:
+        single = (cookie and cookie.value) or bearer(self._request)
+        tokens = {single} if single else {token for token in _queried(self._request, "token") if token}
+        if not tokens:
             raise HTTPError(
                 401, log_message="no token; send one as cookie relay_token, Authorization: Bearer, or ?token="
             )
+        if len(tokens) > MAX_CHANNELS:
+            raise HTTPError(400, "%d tokens; a stream takes at most %d", len(tokens), MAX_CHANNELS)
         try:
-            grant = self._relay.keys.grant(token)
+            grant = joined([self._relay.keys.grant(token) for token in tokens])
         except TokenError as exc:
             raise HTTPError(401, "%s", exc) from exc
         for name in self.channels:
@@ -138,6 +143,7 @@ class Visit:
             self.channels,
             tuple(name for name in reader.audible(self.channels) if name in self.channels or grant.allows(name)),
             address=self.address,
+            labels=self.labels,
             ends_at=self._end(grant),
             on_close=self._closed,
         )
@@ -167,6 +173,10 @@ class Visit:
         """Send the head and the first block, and deliver from now on."""
         relay, replay = self._relay, self._relay.replay
         begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
+        if subscriber.labels:
+            # How long silence may last, and whether events of "a" are for a page on "A" too.
+            folds = len(relay.reader.audible(("A",))) > 1
+            begin += b"heartbeat: %g\nfolds: %d\n" % (relay.settings.heartbeat, folds)
         if last is None:
             newest = replay.newest if replay else None
             subscriber.position = newest.seq if newest else 0
@@ -258,9 +268,13 @@ def _last_event_id(request: HTTPServerRequest) -> str:
 
 
 def _query(request: HTTPServerRequest, name: str) -> str:
-    values = request.query_arguments.get(name)
+    return _queried(request, name)[-1]
+
+
+def _queried(request: HTTPServerRequest, name: str) -> list[str]:
+    """Return all values of ``name``, or an empty one."""
     try:
-        return values[-1].decode() if values else ""
+        return [value.decode() for value in request.query_arguments.get(name, [b""])]
     except UnicodeDecodeError as exc:
         raise HTTPError(400, "the query's %s is not UTF-8", name) from exc
 

@@ -60,7 +60,9 @@ class Part(NamedTuple):
     """The channels on which events behind its place have been deleted, or may have been, and up to where."""
 
 
-def part(position: int, pages: Mapping[str, FramedPage], tails: Sequence[Frames], head: Cursor) -> Part:
+def part(
+    position: int, pages: Mapping[str, FramedPage], tails: Sequence[Frames], head: Cursor, *, labels: bool = False
+) -> Part:
     """
     Return what a stream at ``position`` on the channels of ``pages`` gets.
 
@@ -69,8 +71,12 @@ def part(position: int, pages: Mapping[str, FramedPage], tails: Sequence[Frames]
         pages: A page for each of its channels.
         tails: What has come live on its channels since the pages were asked for.
         head: Where the history ended when they were read.
+        labels: Whether it is told of which channel each event is.
 
     """
+    if labels:
+        tails = [_labelled(name, frames) for name, frames in zip(pages, tails, strict=True)]
+        pages = {name: page._replace(frames=_labelled(name, page.frames)) for name, page in pages.items()}
     gaps = {channel: page.through for channel, page in pages.items() if position < page.through}
     # Across channels a stream gets events in their order, so no further than the first page that was cut short.
     end = min((page.end for page in pages.values() if page.end is not None), default=None)
@@ -95,6 +101,10 @@ def part(position: int, pages: Mapping[str, FramedPage], tails: Sequence[Frames]
     # A place that nothing new comes to grows old, and would be pruned some day.
     here = events.position(str(head)) if end > max(position, taken[-1][0] if taken else 0) else b""
     return Part(_joined(taken) + here, end, True, gaps)
+
+
+def _labelled(channel: str, frames: Frames) -> Frames:
+    return [(seq, events.label(channel, seq) + frame) for seq, frame in frames]
 
 
 def _joined(frames: Frames) -> bytes:
