@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from urllib.parse import quote
 
 import httpx
 from programs import program
@@ -23,8 +24,46 @@ FLAGS = [
 FLAGS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
 
 
-class Browser:
-    """One page; ended by `close`."""
+class Tab:
+    """One page of a browser, spoken to over ``address()``, its debugging socket."""
+
+    def __init__(self, address):
+        self._address = address
+
+    def evaluate(self, expression):
+        """Return the value of a JavaScript expression in the page, which may be a promise."""
+        answer = self._command("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def screenshot(self, path):
+        """Save what the page looks like as a PNG."""
+        path.write_bytes(base64.b64decode(self._command("Page.captureScreenshot")["data"]))
+
+    def navigate(self, url):
+        self._command("Page.navigate", url=url)
+
+    def reload(self):
+        self._command("Page.reload")
+
+    def close(self):
+        self._command("Page.close")
+
+    def _command(self, method, **parameters):
+        async def ask():
+            connection = await websocket_connect(self._address(), max_message_size=100_000_000)
+            await connection.write_message(json.dumps({"id": 1, "method": method, "params": parameters}))
+            answer = json.loads(await connection.read_message())
+            connection.close()
+            while await connection.read_message() is not None:
+                pass
+            return answer["result"]
+
+        return asyncio.run(ask())
+
+
+class Browser(Tab):
+    """A browser with one page, and more that `tab` opens; ended by `close`."""
 
     def __init__(self, profile, url):
         binary = program("chromium", "chromium-browser", "google-chrome")
@@ -35,32 +74,23 @@ class Browser:
             start_new_session=True,
         )
         self.port_file = profile / "DevToolsActivePort"
+        super().__init__(self._only_page)
 
     def close(self):
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def evaluate(self, expression):
-        """Return the value of a JavaScript expression in the page."""
-        return self._command("Runtime.evaluate", expression=expression)["result"].get("value")
+    def tab(self, url):
+        """Open one more page."""
+        page = httpx.put(f"{self._debugger()}/json/new?{quote(url, safe='')}").json()
+        return Tab(lambda: page["webSocketDebuggerUrl"])
 
-    def screenshot(self, path):
-        """Save what the page looks like as a PNG."""
-        path.write_bytes(base64.b64decode(self._command("Page.captureScreenshot")["data"]))
+    def _only_page(self):
+        (page,) = [page for page in httpx.get(f"{self._debugger()}/json").json() if page["type"] == "page"]
+        return page["webSocketDebuggerUrl"]
 
-    def _command(self, method, **parameters):
+    def _debugger(self):
         port = until(
             lambda: self.port_file.exists() and self.port_file.read_text().split(), "Chromium is up", seconds=40
         )[0]
-        (page,) = [target for target in httpx.get(f"http://127.0.0.1:{port}/json").json() if target["type"] == "page"]
-
-        async def ask():
-            connection = await websocket_connect(page["webSocketDebuggerUrl"], max_message_size=100_000_000)
-            await connection.write_message(json.dumps({"id": 1, "method": method, "params": parameters}))
-            answer = json.loads(await connection.read_message())
-            connection.close()
-            while await connection.read_message() is not None:
-                pass
-            return answer["result"]
-
-        return asyncio.run(ask())
+        return f"http://127.0.0.1:{port}"

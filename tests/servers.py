@@ -34,6 +34,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def accepts(port):
+    """Whether something listens on a port; it takes a moment if not."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        time.sleep(0.05)
+        return False
+    return True
+
+
 def execute(url, statement, *arguments):
     """Run a statement by itself, and return its rows."""
     connection = psycopg2.connect(url)

@@ -3,16 +3,14 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
 from programs import program
 from relay import COMMAND, ROOT, Relay, environment
-from servers import PATIENCE, free_port, until
+from servers import PATIENCE, accepts, free_port, until
 from test_readme import block
 
 from tornado_relay.settings import FIELDS
@@ -183,12 +181,3 @@ def test_nginx_waits_longer_than_the_heartbeat():
     """Otherwise it would cut idle streams."""
     heartbeat = next(field.default for field in FIELDS if field.name == "heartbeat")
     assert int(re.search(r"proxy_read_timeout (\d+)s", block("nginx", "proxy_pass"))[1]) > heartbeat
-
-
-def accepts(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        time.sleep(0.05)
-        return False
-    return True

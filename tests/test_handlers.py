@@ -191,7 +191,7 @@ async def test_other_methods(fetch, method, code):
         assert answer.headers["Allow"] == "GET, HEAD, OPTIONS"
 
 
-@pytest.mark.parametrize("path", ["/a/b", "/relay.js", "/channel/x"])
+@pytest.mark.parametrize("path", ["/a/b", "/relay.js/x", "/channel/x"])
 @pytest.mark.gen_test
 async def test_unknown_path_is_a_404_that_tells_where_streams_are(fetch, path):
     """In one line."""

@@ -1,0 +1,397 @@
+"""relay.js in a real Chromium: one connection for all tabs, and nothing lost or doubled whatever ends."""
+
+import gzip
+import http.server
+import json
+import subprocess
+import threading
+from urllib.parse import quote
+
+import httpx
+import pytest
+from browser import Browser
+from programs import program
+from relay import Relay
+from servers import accepts, free_port, until
+
+from tornado_relay import subscribe_token
+
+SECRET = "s" * 64
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>page</title>
+<script>
+  const [script, url, options] = JSON.parse(decodeURIComponent(location.hash.slice(1)))
+  window.seen = []
+  window.states = []
+  eval(options.before ?? "")
+</script>
+<script>document.write(`<script src="${script}"><` + "/script>")</script>
+<script>
+  const source = new RelaySource(url, { ...options, token: options.token && (async () => (await fetch(options.token)).text()) })
+  source.onopen = () => states.push("open")
+  source.onerror = () => states.push(source.readyState == RelaySource.CLOSED ? "closed" : "away")
+  const show = e => seen.push([e.type, e.data, e.lastEventId])
+  for (const type of ["message", "stream-reset", "STOP", "named"]) source.addEventListener(type, show)
+</script>"""
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """The application's site: the page, and what ``server.answers`` has beside it."""
+
+    def do_GET(self):
+        status, text = self.server.answers[self.path]() if self.path in self.server.answers else (200, PAGE)
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.answers = {}
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    opened = Browser(tmp_path / "profile", "about:blank")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def tab(site, browser):
+    """Open a tab whose source listens to ``url``; the script comes from ``base``."""
+
+    def tab(base, path, **options):
+        hash_ = quote(json.dumps([f"{base}/relay.js", base + path, options]))
+        return browser.tab(f"{site.url}/page#{hash_}")
+
+    return tab
+
+
+@pytest.fixture
+def running(site, tmp_path):
+    """Start a relay that the site's pages may listen to."""
+    started = []
+
+    def running(environment, *flags, **more):
+        flags = ("--workers", "2", "--allowed-origins", site.url, *flags)
+        started.append(Relay(tmp_path, *flags, **environment, **more).__enter__())
+        return started[-1]
+
+    yield running
+    for relay in started:
+        relay.stop()
+
+
+def seen(tab):
+    return tab.evaluate("window.seen ?? []")
+
+
+def data(tab):
+    return [text for kind, text, _ in seen(tab) if kind == "message"]
+
+
+def states(tab):
+    return tab.evaluate("window.states ?? []")
+
+
+def is_open(tab):
+    return states(tab)[-1:] == ["open"]
+
+
+def streams(relay):
+    return relay.log.count("stream opened") - relay.log.count("stream ended")
+
+
+def test_files(relay):
+    """Under 4 KB compressed, kept by browsers for minutes and then asked for anew by its ETag, and loaded by any page."""
+    plain, packed = (httpx.get(f"{relay.url}/relay.js", headers={"Accept-Encoding": coding}) for coding in ("", "gzip"))
+    assert plain.text == packed.text
+    assert int(packed.headers["content-length"]) < 4096
+    assert len(gzip.compress(plain.content)) < 4096
+    assert "//" not in plain.text.replace("https://", "")
+    for answer in (plain, packed):
+        assert answer.headers["content-type"] == "text/javascript; charset=UTF-8"
+        assert answer.headers["cache-control"] == "public, max-age=300"
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+        assert "Accept-Encoding" in answer.headers["vary"]
+    again = httpx.get(f"{relay.url}/relay.js", headers={"If-None-Match": packed.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert "class RelaySource" in httpx.get(f"{relay.url}/relay.d.ts").text
+
+
+def test_eight_tabs_have_one_connection(kept, running, tab, channel):
+    """On channels of their own; the leading tab is closed amid events, and each of the others has each of its own once."""
+    relay = running(kept.environment)
+    names = [f"{channel}-{number % 3}" for number in range(8)]
+    tabs = []
+    for name in names:
+        tabs.append(tab(relay.url, f"/channel={name}"))
+        until(lambda: is_open(tabs[-1]), "the tab is connected", seconds=40)
+    until(lambda: streams(relay) == 1, "one stream")
+    for number in range(60):
+        kept.publish(f"{channel}-{number % 3}", str(number))
+        if number == 30:
+            until(lambda: data(tabs[0]), "the first tab has something")
+            tabs.pop(0).close()
+            names.pop(0)
+    for name, each in zip(names, tabs, strict=True):
+        expected = [str(number) for number in range(60) if name == f"{channel}-{number % 3}"]
+        until(lambda each=each, expected=expected: len(data(each)) >= len(expected), "all events")
+        assert data(each) == expected
+        assert all(kind == "message" for kind, _, _ in seen(each))
+    until(lambda: streams(relay) == 1, "one stream")
+
+
+def test_without_history_nothing_is_disturbed(broker, running, tab, channel):
+    """A tab on another channel has a stream of its own; when the leader goes, what may have been missed is told."""
+    relay = running(broker.environment)
+    first = tab(relay.url, f"/channel={channel}")
+    until(lambda: is_open(first), "the first tab is connected", seconds=40)
+    others = [tab(relay.url, f"/channel={name}") for name in (channel, f"{channel}-2")]
+    until(lambda: all(map(is_open, others)), "all are")
+    assert streams(relay) == 2
+    broker.publish(channel, "1")
+    until(lambda: data(first) == data(others[0]) == ["1"], "the event is on both")
+    first.close()
+    until(lambda: all(seen(each)[-1:] and seen(each)[-1][0] == "stream-reset" for each in others), "they are told")
+    broker.publish(channel, "2")
+    broker.publish(f"{channel}-2", "3")
+    until(lambda: [data(each) for each in others] == [["1", "2"], ["3"]], "the next events")
+    assert streams(relay) == 1
+
+
+def test_tab_that_comes_later_needs_no_connection(kept, running, tab, channel):
+    """It gets what its page was rendered before from the leader, and what is older by a new connection."""
+    relay = running(kept.environment)
+    first = tab(relay.url, f"/channel={channel}")
+    until(lambda: is_open(first), "the first tab is connected", seconds=40)
+    kept.publish(channel, *map(str, range(5)))
+    until(lambda: len(seen(first)) == 5, "the events")
+    ids = [event_id for _, _, event_id in seen(first)]
+    later = tab(relay.url, f"/channel={channel}?last_event_id={ids[1]}")
+    until(lambda: data(later) == ["2", "3", "4"], "what it missed")
+    assert relay.log.count("stream opened") == 1
+    kept.publish(channel, *map(str, range(5, 100)))
+    until(lambda: len(seen(later)) == 98, "more events than are kept by the leader")
+    last = tab(relay.url, f"/channel={channel}?last_event_id={ids[3]}")
+    until(lambda: data(last) == [str(number) for number in range(4, 100)], "what it missed")
+    assert data(first) == [str(number) for number in range(100)]
+    assert data(later) == [str(number) for number in range(2, 100)]
+    assert streams(relay) == 1
+
+
+def test_more_channels_than_a_stream_takes(kept, running, tab, channel):
+    """They are on two."""
+    relay = running(kept.environment)
+    names = [[f"{channel}-{number}" for number in range(start, start + 60)] for start in (0, 60)]
+    tabs = [tab(relay.url, "/events?" + "&".join(f"channel={name}" for name in half)) for half in names]
+    until(lambda: all(map(is_open, tabs)), "both are connected", seconds=40)
+    for half in names:
+        kept.publish(half[-1], "hello")
+    until(lambda: all(data(each) == ["hello"] for each in tabs), "each has its own")
+    assert streams(relay) == 2
+
+
+def test_deploy_behind_nginx(kept, running, tab, channel, tmp_path):
+    """While the relay is away nginx answers 502, at which EventSource gives up; every tab has all by itself afterwards."""
+    port, relay_port = free_port(), free_port()
+    (tmp_path / "nginx.conf").write_text(
+        f"pid {tmp_path}/pid; error_log {tmp_path}/error.log; daemon off; events {{}}\n"
+        f"http {{ access_log {tmp_path}/access.log; proxy_temp_path {tmp_path}/b; server {{ listen 127.0.0.1:{port}; location / {{"
+        f" proxy_pass http://127.0.0.1:{relay_port}; proxy_http_version 1.1; proxy_buffering off; }} }} }}\n"
+    )
+    relay = running(kept.environment, port=relay_port)
+    command = [program("nginx"), "-c", tmp_path / "nginx.conf", "-e", tmp_path / "error.log"]
+    nginx = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        base = f"http://127.0.0.1:{port}"
+        until(lambda: accepts(port), "nginx listens")
+        tabs = [tab(base, f"/channel={channel}") for _ in range(3)]
+        until(lambda: all(map(is_open, tabs)), "all are connected", seconds=40)
+        kept.publish(channel, "before")
+        until(lambda: all(data(each) == ["before"] for each in tabs), "the first event")
+        relay.stop()
+        until(lambda: " 502 " in (tmp_path / "access.log").read_text(), "nginx answers for the relay", seconds=30)
+        kept.publish(channel, "meanwhile", "and again")
+        running(kept.environment, port=relay_port)
+        until(lambda: all(len(data(each)) == 3 for each in tabs), "they are back", seconds=40)
+        assert all(data(each) == ["before", "meanwhile", "and again"] for each in tabs)
+        assert all(states(each) == ["open", *["away"] * states(each).count("away"), "open"] for each in tabs)
+    finally:
+        nginx.terminate()
+        nginx.wait(20)
+
+
+def test_token_that_runs_out(kept, running, tab, site, channel):
+    """A new one comes from the page's callback, also where that fails at first, and the stream goes on."""
+    relay = running(kept.environment, RELAY_JWT_SECRET=SECRET)
+    answers = iter([(500, ""), (200, subscribe_token(channel, key=SECRET))])
+    site.answers["/token"] = lambda: next(answers)
+    path = f"/channel={channel}?token={subscribe_token(channel, ttl=3, key=SECRET)}"
+    before = "const real = fetch; fetch = async (url, init) => { const answer = await real(url, init); if (answer.status == 500) throw Error(); return answer }"
+    page = tab(relay.url, path, token="/token", before=before)
+    until(lambda: is_open(page), "connected", seconds=40)
+    kept.publish(channel, "1")
+    until(lambda: data(page) == ["1"], "the first event")
+    until(lambda: "away" in states(page), "the token has run out")
+    kept.publish(channel, "2")
+    until(lambda: data(page) == ["1", "2"], "what came meanwhile", seconds=30)
+    assert "closed" not in states(page)
+    assert not any(kind == "stream-reset" for kind, _, _ in seen(page))
+
+
+def test_refused_tab_harms_no_other(kept, running, tab, channel):
+    """Who may not listen is told by CLOSED, at once; the others' connection goes on, each with its own token."""
+    relay = running(kept.environment, RELAY_JWT_SECRET=SECRET)
+
+    def path(name, **token):
+        return f"/channel={name}?token={subscribe_token(**{'channels': name, 'key': SECRET} | token)}"
+
+    good = [tab(relay.url, path(f"{channel}-{number}")) for number in range(2)]
+    until(lambda: all(map(is_open, good)), "connected", seconds=40)
+    bad = [
+        tab(relay.url, path(f"{channel}-3", channels="another")),
+        tab(relay.url, path(f"{channel}-3", key="x" * 64)),
+        tab(relay.url, f"/channel={channel}-3"),
+    ]
+    until(lambda: all(states(each) == ["closed"] for each in bad), "they are refused")
+    for number in range(2):
+        kept.publish(f"{channel}-{number}", "hello")
+    until(lambda: all(data(each) == ["hello"] for each in good), "the others go on")
+    assert [states(each) for each in good] == [["open"]] * 2
+    assert streams(relay) == 1
+
+
+def test_page_that_is_loaded_again_goes_on(kept, running, tab, site, channel):
+    """What is published while it loads arrives."""
+    relay = running(kept.environment)
+    meanwhile = []
+    site.answers["/meanwhile"] = lambda: (200, str([kept.publish(channel, meanwhile.pop()) for _ in [*meanwhile]]))
+    before = "const asked = new XMLHttpRequest(); asked.open('GET', '/meanwhile', false); asked.send()"
+    page = tab(relay.url, f"/channel={channel}", before=before)
+    until(lambda: is_open(page), "connected", seconds=40)
+    kept.publish(channel, "1")
+    until(lambda: data(page) == ["1"], "the first event")
+    meanwhile.append("2")
+    page.reload()
+    until(lambda: data(page) == ["2"], "what came meanwhile")
+
+
+def test_page_that_is_loaded_again_for_a_reset_begins_anew(kept_redis, running, tab, channel):
+    """Or it would be told of the same loss again, and load for ever."""
+    relay = running(kept_redis.environment)
+    before = """
+        sessionStorage.loads = +(sessionStorage.loads ?? 0) + 1
+        if (sessionStorage.loads == 2)
+          for (const key of Object.keys(sessionStorage)) if (key != "loads") sessionStorage[key] = "ffffffff-1"
+        addEventListener("load", () => source.addEventListener("stream-reset", () => location.reload()))
+    """
+    page = tab(relay.url, f"/channel={channel}", before=before)
+    until(lambda: is_open(page), "connected", seconds=40)
+    kept_redis.publish(channel, "1")
+    until(lambda: data(page) == ["1"], "the first event")
+    page.reload()
+    until(lambda: page.evaluate("sessionStorage.loads") == "3" and is_open(page), "loaded again, and again")
+    kept_redis.publish(channel, "2")
+    until(lambda: data(page) == ["2"], "the next event")
+    assert len(seen(page)) == 1
+
+
+def test_events_of_every_kind(kept, running, tab, channel):
+    """Names, ids of the publisher's own, line ends, and strings of all kinds arrive as they were sent; STOP closes."""
+    relay = running(kept.environment)
+    page = tab(relay.url, f"/events?channel={channel}&channel={channel}-2")
+    until(lambda: is_open(page), "connected", seconds=40)
+    texts = [
+        "",
+        " ",
+        "a\nb",
+        "a\rb\r\nc\r",
+        "\n\n",
+        "\0",
+        "é🎉\u2028\x85\x0b",
+        ": id: data: x",
+        "🎉" * 250_000,
+        '{"a": [1]}',
+    ]
+    for text in texts:
+        for sep in ("\n", "\r", "\r\n"):
+            kept.publish(channel, text, sep=sep)
+    kept.publish(f"{channel}-2", "x", event="named", id="own ü")
+    kept.publish(channel, "bye", event="STOP")
+    kept.publish(channel, "after")
+    until(lambda: seen(page) and seen(page)[-1][0] == "STOP", "all")
+    expected = [text.replace("\r\n", "\n").replace("\r", "\n") for text in texts for _ in range(3)]
+    assert data(page) == expected
+    assert seen(page)[-2] == ["named", "x", "own ü"]
+    until(lambda: streams(relay) == 0, "it has closed")
+    assert page.evaluate("source.readyState") == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "kind"),
+    [
+        ("Object.defineProperty(navigator, 'locks', { value: undefined })", "RelaySource"),
+        (
+            "Object.defineProperty(navigator.locks, 'request', { value: () => Promise.reject(new DOMException('', 'SecurityError')) })",
+            "RelaySource",
+        ),
+        ("delete self.TextDecoderStream", "EventSource"),
+    ],
+)
+def test_browser_that_lacks_something(kept_redis, running, tab, channel, before, kind):
+    """Each tab has a connection of its own then; where streams cannot be read by fetch() it is a plain EventSource's."""
+    relay = running(kept_redis.environment)
+    tabs = [tab(relay.url, f"/channel={channel}", before=before) for _ in range(2)]
+    until(lambda: all(map(is_open, tabs)), "both are connected", seconds=40)
+    assert streams(relay) == 2
+    kept_redis.publish(channel, "hello")
+    kept_redis.publish(channel, "bye", event="STOP")
+    until(lambda: all(len(seen(each)) == 2 for each in tabs), "both events")
+    until(lambda: streams(relay) == 0, "both are closed")
+    assert [each.evaluate("source.constructor.name") for each in tabs] == [kind] * 2
+
+
+def test_leader_that_hangs_is_replaced(kept_redis, running, tab, channel):
+    """A tab that is stuck leads no longer after half a minute, and nothing is lost; nor doubled when it is back."""
+    relay = running(kept_redis.environment)
+    stuck = tab(relay.url, f"/channel={channel}")
+    until(lambda: is_open(stuck), "the leader is connected", seconds=40)
+    other = tab(relay.url, f"/channel={channel}")
+    until(lambda: is_open(other), "the other is connected")
+    # The answer comes when it hangs already.
+    stuck.evaluate(
+        "void queueMicrotask(() => setTimeout(() => { const end = Date.now() + 45_000; while (Date.now() < end); }))"
+    )
+    kept_redis.publish(channel, "1", "2")
+    until(lambda: data(other) == ["1", "2"], "the events", seconds=40)
+    until(lambda: data(stuck) == ["1", "2"], "it is back", seconds=60)
+    kept_redis.publish(channel, "3")
+    until(lambda: data(stuck) == data(other) == ["1", "2", "3"], "the next")
+    assert streams(relay) == 1
+
+
+def test_module(kept_redis, running, browser, site, channel):
+    """relay.mjs exports what the script sets."""
+    relay = running(kept_redis.environment)
+    code = f"import {{ RelaySource }} from '{relay.url}/relay.mjs'; const source = new RelaySource('{relay.url}/{channel}')"
+    page = f"<script type=module>{code}; source.onmessage = e => document.title = e.data</script>"
+    site.answers["/module"] = lambda: (200, page)
+    tab = browser.tab(f"{site.url}/module")
+    until(lambda: streams(relay) == 1, "connected", seconds=40)
+    kept_redis.publish(channel, "hello")
+    until(lambda: tab.evaluate("document.title") == "hello", "the event")

@@ -1,0 +1,370 @@
+// RelaySource: an EventSource with one connection for all tabs of a browser. Its types are in relay.d.ts.
+//
+// The tab that holds a Web Lock leads: it has the connection, to all channels that any tab wants, and passes on by a
+// BroadcastChannel what comes. Each source knows its own place in the history, so that neither a new connection nor a
+// new leader loses or doubles an event for it.
+(() => {
+  // Of one stream, as the relay has it.
+  const MAX_CHANNELS = 100
+  // Events for tabs that come a little later.
+  const KEPT = 64
+  // Milliseconds until the next try at most, and after which a tab asks if its leader is still there.
+  const MAX_WAIT = 30000
+  const SILENCE = 10000
+  const REFUSALS = [400, 401, 403]
+  const lines = {}
+  const unique = values => [...new Set(values)]
+  const backoff = (failures, ms = 1000) => Math.min(MAX_WAIT, ms * 2 ** failures) * (0.5 + Math.random() / 2)
+  const lower = name => name.replace(/[A-Z]/g, letter => letter.toLowerCase())
+
+  // Where `id` is in the history, if it is one of the relay's own.
+  function place(id) {
+    const [, span, n] = /^([0-9a-f]{8})-(\d+)$/.exec(id) ?? []
+    return { at: id, span, n: +n || undefined }
+  }
+
+  class RelaySource extends EventTarget {
+    constructor(url, { withCredentials = false, share = true, token } = {}) {
+      if (!self.TextDecoderStream) {
+        // It cannot read a stream by fetch().
+        const source = new EventSource(url, { withCredentials })
+        source.addEventListener("STOP", () => source.close())
+        return source
+      }
+      super()
+      const { href, origin, pathname, searchParams } = new URL(url, document.baseURI)
+      const [, path, last] = /(.*\/)(.*)/.exec(pathname)
+      const channels = last == "events" ? searchParams.getAll("channel") : [decodeURIComponent(last.replace(/^channel=/, ""))]
+      const base = origin + path
+      this._key = `sse-relay ${base} ${withCredentials} `
+      this._saved = this._key + channels
+      const at = searchParams.get("last_event_id") || recall(this._saved)
+      const want = { id: Math.random(), channels, token: searchParams.get("token"), ...place(at) }
+      // A place that cannot be compared with others' is nothing to share.
+      if (!share || !navigator.locks || !self.BroadcastChannel || (at && !want.n)) this._key += want.id
+      Object.assign(this, { url: href, withCredentials, readyState: 0, _origin: origin, _want: want, _refresh: token, _failures: 0 })
+      this._line = lines[this._key] ??= new Line(this._key, base, withCredentials, this._key.endsWith(" "))
+      // Scripts of the page that listen are there by then.
+      if (document.readyState == "loading") addEventListener("DOMContentLoaded", () => this._line.add(this))
+      else this._line.add(this)
+    }
+
+    close() {
+      this.readyState = 2
+      this._line.drop(this)
+    }
+
+    _fire(event) {
+      this["on" + event.type]?.(event)
+      this.dispatchEvent(event)
+    }
+
+    _state(state) {
+      if (this.readyState == 2 || (state && state == this.readyState)) return
+      this.readyState = state
+      if (state == 1) this._failures = 0
+      this._fire(new Event(state == 1 ? "open" : "error"))
+    }
+
+    _take({ type, data, id, channels, folds, restart, at, n }) {
+      const want = this._want
+      if (this.readyState == 2 || n < want.n) return
+      if (type) {
+        if (n == want.n && n) return
+        if (!want.channels.some(name => channels.includes(name) || (folds && channels.includes(lower(name))))) return
+      }
+      if (restart) want.n = 0
+      if (n) want.n = n
+      if (at) Object.assign(want, place(at))
+      // A page that fetches its state anew by a reload must not come back to before that.
+      this._keep = type != "stream-reset" && want.n
+      if (!type) return
+      this._fire(new MessageEvent(type, { data, lastEventId: id ?? want.at ?? "", origin: this._origin }))
+      if (type == "STOP") this.close()
+    }
+
+    async _refused(status) {
+      if (status == 401 && this._refresh) {
+        this._state(0)
+        for (let token = 0; token === 0; ) {
+          if (this._failures++) await new Promise(done => setTimeout(done, backoff(this._failures)))
+          token = await Promise.resolve().then(this._refresh).catch(() => 0)
+          if (token) this._want.token = token
+          if (token || token === undefined) return this._line.add(this)
+          if (this.readyState == 2) return
+        }
+      }
+      this._line.drop(this)
+      this._state(2)
+    }
+  }
+  for (const [state, name] of ["CONNECTING", "OPEN", "CLOSED"].entries()) RelaySource[name] = RelaySource.prototype[name] = state
+
+  // What a tab has with the others that listen to the same relay.
+  class Line {
+    // Of this tab.
+    sources = new Map()
+    me = Math.random()
+    silent = 0
+    // Of all tabs, where this one leads.
+    wants = new Map()
+    streams = new Set()
+
+    constructor(key, base, withCredentials, shared) {
+      Object.assign(this, { key, base, withCredentials })
+      addEventListener("pagehide", ({ persisted }) => {
+        if (!persisted) this.sources.forEach(source => this.drop(source))
+      })
+      addEventListener("online", () => this.streams.forEach(stream => stream.wake?.()))
+      if (!shared) return void this.lead()
+      this.port = new BroadcastChannel(key)
+      this.port.onmessage = ({ data }) => this.hear(data)
+      this.queue()
+      // A leader that is frozen or stuck would be silent for ever.
+      setInterval(() => {
+        if (this.leads || document.hidden || !this.sources.size) this.silent = 0
+        else if (++this.silent > 2) this.queue({ steal: true })
+        else if (this.silent > 1) this.say({ ping: 1 })
+      }, SILENCE)
+    }
+
+    add(source) {
+      if (source.readyState == 2) return
+      this.sources.set(source._want.id, source)
+      this.say({ want: source._want })
+    }
+
+    drop({ _want: { id, at }, _saved, _keep }) {
+      if (!this.sources.delete(id)) return
+      this.say({ drop: id })
+      try {
+        sessionStorage[_saved] = _keep ? at : ""
+      } catch {}
+    }
+
+    say(what) {
+      what.from = this.me
+      this.port?.postMessage(what)
+      this.hear(what)
+    }
+
+    hear({ from, lead, to, events, refused, state, wait, attempt, want, drop, ping, retry }) {
+      if (lead) {
+        this.leader = from
+        for (const source of this.sources.values()) this.say({ want: source._want })
+      }
+      // One that comes later learns by the first answer who leads.
+      if (to) this.leader ??= from
+      if (from == this.leader) {
+        this.silent = 0
+        for (const source of (to ?? []).map(id => this.sources.get(id))) {
+          if (events) events.forEach(event => source?._take(event))
+          else if (refused) source?._refused(refused)
+          else source?._state(state)
+        }
+        // Timers of a hidden leader may be late by a minute, those of a tab that is looked at are not.
+        if (wait) setTimeout(() => this.say({ retry: attempt }), wait)
+      }
+      if (!this.leads) return
+      if (want) {
+        this.wants.set(want.id, want)
+        if (this.gathered) this.arrange()
+      }
+      if (drop) this.forget(drop)
+      if (ping) this.say({})
+      if (retry) this.streams.forEach(stream => stream.attempt == retry && stream.wake())
+    }
+
+    // Wait for the lead.
+    queue(options = {}) {
+      navigator.locks.request(this.key, options, () => this.lead()).catch(({ name }) => {
+        // Such as in a sandboxed frame, which is alone.
+        if (name != "AbortError") {
+          this.port = this.port.close()
+          return this.lead()
+        }
+        this.leads = this.gathered = false
+        this.streams.forEach(stream => stream.end())
+        this.wants.clear()
+        this.queue()
+      })
+    }
+
+    lead() {
+      this.leads = true
+      this.say({ lead: 1 })
+      // All tabs answer; one connection is for them all.
+      setTimeout(() => {
+        this.gathered = true
+        this.arrange()
+      }, 50)
+      return new Promise(() => {})
+    }
+
+    arrange() {
+      const taken = new Set([...this.streams].flatMap(stream => [...stream.wants.keys()]))
+      for (const want of this.wants.values()) {
+        if (taken.has(want.id)) continue
+        const streams = [...this.streams]
+        const open = streams.find(stream => stream.covers(want)) ?? streams.find(stream => stream.fits(want))
+        const stream = open ?? new Stream(this)
+        stream.add(want)
+      }
+    }
+
+    forget(id) {
+      this.wants.delete(id)
+      this.streams.forEach(stream => stream.wants.delete(id) && !stream.wants.size && stream.end())
+    }
+  }
+
+  // One connection, for what several sources want.
+  class Stream {
+    wants = new Map()
+    failures = 0
+
+    constructor(line) {
+      this.line = line
+      line.streams.add(this)
+    }
+
+    // Whether `want` loses nothing if it joins what is open.
+    covers(want) {
+      return this.up && want.channels.every(name => this.asked.includes(name)) && (want.n ? this.same(want) && want.n >= this.since : !want.at)
+    }
+
+    // Whether there may be a new connection for `want` too: without a history what comes meanwhile would be lost.
+    fits(want) {
+      return (!this.up || this.history) && this.same(want) && this.channels(want).length <= MAX_CHANNELS
+    }
+
+    same({ n, span }) {
+      return !n || !this.n || span == this.span
+    }
+
+    channels(...more) {
+      return unique([...this.wants.values(), ...more].flatMap(want => want.channels))
+    }
+
+    add(want) {
+      const { id, at, n, span } = want, { line, kept } = this
+      if (this.covers(want)) {
+        this.wants.set(id, want)
+        line.say({ state: 1, to: [id] })
+        line.say({ events: n ? kept : [{ at: this.at, n: this.n }], to: [id] })
+        return
+      }
+      this.wants.set(id, want)
+      // It goes on from the place that is furthest back.
+      if (at && (!this.at || !n || n < this.n)) Object.assign(this, { at, n, span })
+      this.again = true
+      this.cut?.abort()
+      this.wake?.()
+      this.running ??= this.run()
+    }
+
+    end() {
+      this.line.streams.delete(this)
+      this.wants.clear()
+      this.cut?.abort()
+      this.wake?.()
+    }
+
+    async run() {
+      while (this.wants.size) {
+        this.again = false
+        await this.read().catch(() => {})
+        this.up = false
+        clearTimeout(this.timer)
+        if (this.again) continue
+        const attempt = (this.attempt = Math.random())
+        this.line.say({ state: 0, to: [...this.wants.keys()], wait: backoff(this.failures++, this.retry), attempt })
+        await new Promise(done => (this.wake = done))
+      }
+    }
+
+    async read() {
+      const { line, n: since, at: last_event_id = "" } = this
+      Object.assign(this, { since, kept: [], asked: this.channels(), cut: new AbortController() })
+      const ask = (wants, rest, method) => {
+        const query = new URLSearchParams(rest)
+        for (const name of unique(wants.flatMap(want => want.channels))) query.append("channel", name)
+        for (const token of unique(wants.map(want => want.token))) if (token) query.append("token", token)
+        const credentials = line.withCredentials ? "include" : "same-origin"
+        return fetch(`${line.base}events?${query}`, { method, credentials, cache: "no-store", signal: this.cut.signal, headers: { Accept: "text/event-stream" } })
+      }
+      this.heard()
+      const wants = [...this.wants.values()]
+      const { status, body } = await ask(wants, { labels: 1, last_event_id })
+      if (REFUSALS.includes(status))
+        // What one may not have must not keep the others from theirs.
+        for (const want of wants) {
+          const refused = wants[1] ? (await ask([want], {}, "HEAD")).status : status
+          if (!REFUSALS.includes(refused)) continue
+          line.forget(want.id)
+          line.say({ refused, to: [want.id] })
+          this.again = true
+        }
+      const reader = body.pipeThrough(new TextDecoderStream()).getReader()
+      for (let rest = "", block = {}, afterCR; ; ) {
+        const { value, done } = await reader.read()
+        if (done) return
+        this.heard()
+        const found = []
+        const texts = (rest + (afterCR ? value.replace(/^\n/, "") : value)).split(/\r\n?|\n/)
+        afterCR = value.endsWith("\r")
+        rest = texts.pop()
+        for (const text of texts) {
+          const [, name, value] = /^([^:]*):? ?(.*)$/s.exec(text)
+          if (!text) this.block(block, found), (block = {})
+          else if (name == "data") block.data = name in block ? block.data + "\n" + value : value
+          else if (name != "id" || !value.includes("\0")) block[name] = value
+        }
+        if (found.length) line.say({ events: found, to: [...this.wants.keys()] })
+      }
+    }
+
+    // A connection that is dead without a word is given up after three heartbeats.
+    heard() {
+      clearTimeout(this.timer)
+      this.timer = setTimeout(() => this.cut.abort(), 3000 * (this.heartbeat ?? 15))
+    }
+
+    block({ event, data, id, channel, seq, retry, heartbeat, folds }, found) {
+      if (retry) this.retry = +retry
+      if (heartbeat) {
+        Object.assign(this, { heartbeat, folds: +folds, history: id != "none", up: true, failures: 0 })
+        this.line.say({ state: 1, to: [...this.wants.keys()] })
+      }
+      // An id without an event is the place up to which there is all, as is an event's that has its number.
+      const { at, n, span } = place(id)
+      if (id && (!channel || n == seq)) {
+        Object.assign(this, { at, n, span })
+        this.since ??= n
+      }
+      if ((id && !channel) || heartbeat) found.push({ at: this.at, n: this.n })
+      if (data == null) return
+      const one = { type: event || "message", data, id, folds: this.folds, channels: [channel], n: +seq || undefined }
+      if (event == "stream-reset" && !channel) {
+        const { reason, channels } = JSON.parse(data)
+        Object.assign(one, { channels, restart: /^(history-lost|unknown-id)$/.test(reason) })
+        if (one.restart) Object.assign(this, { kept: [], since: undefined })
+      } else if (n == seq) one.at = at
+      found.push(one)
+      if (seq) this.kept.push(one)
+      if (this.kept.length > KEPT) this.since = this.kept.shift().n
+    }
+  }
+
+  // A page that is loaded again goes on where it was left. Where there may be no storage, touching it is an error.
+  function recall(saved) {
+    try {
+      return document.readyState != "complete" && performance.getEntriesByType("navigation")[0].type == "reload" && sessionStorage[saved]
+    } catch {}
+  }
+
+  self.RelaySource ??= RelaySource
+  const { stream, name = "relay", refresh, credentials } = document.currentScript?.dataset ?? {}
+  const token = refresh && (() => fetch(refresh).then(answer => (answer.ok ? answer.text() : REFUSALS.includes(answer.status) ? null : Promise.reject())))
+  if (stream) self[name] = new self.RelaySource(stream, { withCredentials: credentials == "include", token })
+})()

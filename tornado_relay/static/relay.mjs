@@ -1,0 +1,4 @@
+import "./relay.js"
+
+export const RelaySource = globalThis.RelaySource
+export default RelaySource
