@@ -9,6 +9,7 @@ from typing import Protocol
 
 from . import events
 from .brokers.message import Message
+from .counts import Counts
 
 # Channels whose events no history keeps are remembered, so that a stream on them that was away is told; this many.
 MAX_UNKEPT = 10_000
@@ -91,6 +92,7 @@ class Hub:
 
     def __init__(self, *, history: bool = False, later: Callable[[Callable[[], None]], object] | None = None) -> None:
         self.history = history
+        self.counts = Counts()
         self._later = later
         # What is still to be sent, by channel, and under None for streams on several; in each the oldest pass first.
         self._passes: dict[str | None, deque[_Pass]] = {}
@@ -131,6 +133,14 @@ class Hub:
 
     def __contains__(self, sink: object) -> bool:
         return sink in self._sinks
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many streams hear each channel; whoever asked for one with a twin hears both."""
+        sizes: dict[str, int] = {}
+        for place in (self._solo, self._mixed, self._ahead, self._held):
+            for channel, sinks in place.items():
+                sizes[channel] = sizes.get(channel, 0) + len(sinks)
+        return sizes
 
     def add(self, sink: Sink) -> None:
         """Deliver to ``sink`` from now on."""
@@ -186,6 +196,7 @@ class Hub:
         own: dict[Sink, list[bytes]] = {}
         for message in messages:
             channel, seq = message.channel, message.seq
+            self.counts.events += 1
             if self.history:
                 self._note(message, own)
             solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
@@ -193,6 +204,8 @@ class Hub:
             if solo is None and mixed is None and ahead is None and recording is None:
                 continue
             frame = self._frame(message)
+            # Here, for all its streams: sending is what happens most often.
+            self.counts.deliver(len(solo or ()) + len(mixed or ()), len(frame))
             if recording is not None:
                 recording.append((seq, frame))
             if solo is not None:
@@ -202,6 +215,7 @@ class Hub:
             for sink in ahead or ():
                 if not seq or seq > sink.position:
                     own.setdefault(sink, []).append(frame)
+                    self.counts.deliver(1, len(frame))
         self._send(shared, own)
         if self._ahead:
             self._settle()
