@@ -120,6 +120,7 @@ class InspectorHandler(RelayHandler):
         if not self.relay.settings.debug:
             raise HTTPError(404, log_message="nothing here; RELAY_SERVER_DEBUG=true shows a page to try the relay with")
         self.set_header("Content-Type", "text/html; charset=UTF-8")
-        self.finish((STATIC / "inspector.html").read_bytes())
+        page = (STATIC / "inspector.html").read_bytes()
+        self.finish(page.replace(b'data-publish="off"', b'data-publish="on"', 1) if self.relay.intake else page)
 
     head = get
