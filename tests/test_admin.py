@@ -173,8 +173,9 @@ def test_public_port_has_nothing_of_it(redis_server, tmp_path):
         assert httpx.post(f"{relay.url}/status", content=b"{}").status_code == 405
         assert httpx.get(f"{relay.url}/healthz").text == "ok\n"
         # A page of another origin can ask, and read nothing.
-        answer = httpx.get(f"{relay.url}/status", headers={"Origin": "https://any.example"})
-        assert not any(name.startswith("access-control") for name in answer.headers)
+        for path in ("/status", "/metrics"):
+            answer = httpx.get(relay.url + path, headers={"Origin": "https://any.example"})
+            assert not any(name.startswith("access-control") for name in answer.headers)
         assert relay.status()["opened"] == 1
 
 

@@ -125,11 +125,12 @@ def test_drop_and_connect_by_hand(kept, channel, tmp_path, inspect):
         kept.publish(f"{channel}-b", "three")
         page.submit("connect")
         until(lambda: page.data() == ["three", "two", "one"], "what came meanwhile")
-        page.fill("channel", f"{channel}-b")
+        kept.publish(f"{channel}-c", "before it came")
+        page.fill("channel", f"{channel}-c")
         page.submit("connect")
-        page.connected(f"{channel}-b")
+        page.connected(f"{channel}-c")
         kept.publish(channel, "not for it")
-        kept.publish(f"{channel}-b", "four")
+        kept.publish(f"{channel}-c", "four")
         until(
             lambda: page.data() == ["four", "three", "two", "one"], "no event twice, and none of a channel it has left"
         )
