@@ -134,13 +134,15 @@ class Hub:
     def __contains__(self, sink: object) -> bool:
         return sink in self._sinks
 
-    def sizes(self) -> dict[str, int]:
-        """Return how many streams hear each channel; whoever asked for one with a twin hears both."""
-        sizes: dict[str, int] = {}
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """
+        Yield how many streams hear each channel, in parts that add up; others may come and go meanwhile.
+
+        Whoever asked for a channel with a twin hears both.
+        """
         for place in (self._solo, self._mixed, self._ahead, self._held):
-            for channel, sinks in place.items():
-                sizes[channel] = sizes.get(channel, 0) + len(sinks)
-        return sizes
+            for channel in list(place):
+                yield channel, len(place.get(channel, ()))
 
     def add(self, sink: Sink) -> None:
         """Deliver to ``sink`` from now on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,8 +45,9 @@ class Peers:
 
     async def status(self) -> dict[str, Any]:
         """Ask all workers, and return the state of the relay; see `status.whole`."""
-        own = Account(self._admin.number, os.getpid())
-        others = [Account(number, pid) for number, pid in self._admin.present() if pid != os.getpid()]
+        channels: Counter[str] = Counter()
+        own = Account(self._admin.number, os.getpid(), channels)
+        others = [Account(number, pid, channels) for number, pid in self._admin.present() if pid != os.getpid()]
         asking = {asyncio.create_task(self._hear(other)) for other in others}
         for line in self._tell():
             own.take(line)
@@ -57,8 +59,8 @@ class Peers:
         accounts = [own, *others]
         # Their processes have ended, and the next ones have not begun to serve.
         missing = set(range(self._admin.workers)) - {account.worker["number"] for account in accounts}
-        accounts += [Account(number, None) for number in missing]
-        return whole(accounts, time.monotonic() - self._admin.since)
+        accounts += [Account(number, None, channels) for number in missing]
+        return whole(accounts, channels, time.monotonic() - self._admin.since)
 
     async def _hear(self, other: Account) -> None:
         path = self._admin.path(other.worker["number"], other.worker["pid"])

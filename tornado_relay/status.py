@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from . import __version__
@@ -29,13 +31,14 @@ class Account:
     Args:
         number: Its place among the workers, from 0.
         pid: Its process id; None where there is no process.
+        channels: Where the streams of each channel are added up, over all workers.
 
     """
 
-    def __init__(self, number: int, pid: int | None) -> None:
+    def __init__(self, number: int, pid: int | None, channels: Counter[str]) -> None:
+        self._channels = channels
         self.worker: dict[str, Any] = {"number": number, "pid": pid, "state": "no answer"}
-        # Streams of each channel, and what is known of the broker.
-        self.channels: Counter[str] = Counter()
+        # What it knows of the broker; None until it has told anything.
         self.broker: dict[str, Any] | None = None
 
     def take(self, line: bytes) -> None:
@@ -51,7 +54,7 @@ class Account:
             self.broker = told.pop("broker")
             self.worker = told
         else:
-            self.channels.update(told)
+            self._channels.update(told)
 
 
 def tell(relay: Relay, number: int, began: float) -> Iterator[bytes]:
@@ -72,21 +75,21 @@ def tell(relay: Relay, number: int, began: float) -> Iterator[bytes]:
         },
     }
     yield _line(numbers)
-    sizes = list(relay.hub.sizes().items())
-    for at in range(0, len(sizes), CHANNELS):
-        yield _line(dict(sizes[at : at + CHANNELS]))
+    sizes = relay.hub.sizes()
+    while part := list(itertools.islice(sizes, CHANNELS)):
+        streams: Counter[str] = Counter()
+        for channel, size in part:
+            streams[channel] += size
+        yield _line(streams)
 
 
-def whole(accounts: list[Account], uptime: float) -> dict[str, Any]:
+def whole(accounts: list[Account], channels: Counter[str], uptime: float) -> dict[str, Any]:
     """
-    Return the state of the relay by the accounts of its workers.
+    Return the state of the relay by the accounts of its workers, and the streams that these have on each channel.
 
     Sums are over the workers that there are: what a worker has counted ends with it.
     """
-    channels: Counter[str] = Counter()
-    for account in accounts:
-        channels.update(account.channels)
-    largest = heapq.nsmallest(LARGEST, channels.items(), key=lambda item: (-item[1], item[0]))
+    largest = sorted(heapq.nlargest(LARGEST, channels.items(), key=itemgetter(1)), key=lambda pair: (-pair[1], pair[0]))
     workers = [account.worker for account in accounts]
     return {
         "version": __version__,
