@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from browser import Browser
 from pages import Pages
 from programs import program
 from relay import Relay, run
@@ -128,6 +129,20 @@ def kept_redis(redis_server, tmp_path_factory):
 def kept(request):
     """Each broker in turn, with a history."""
     return request.getfixturevalue(f"kept_{request.param}")
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Open a page in a headless Chromium that ends with the test."""
+    browsers = []
+
+    def browse(url):
+        browsers.append(Browser(tmp_path / "profile", url))
+        return browsers[-1]
+
+    yield browse
+    for browser in browsers:
+        browser.close()
 
 
 @pytest.fixture(scope="session")

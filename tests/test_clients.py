@@ -6,12 +6,10 @@ import os
 import signal
 import subprocess
 import threading
-from pathlib import Path
 
 import httpx
 import pytest
 import requests
-from browser import Browser
 from httpx_sse import connect_sse
 from outages import Proxy
 from programs import program
@@ -139,20 +137,6 @@ def site():
     thread.join()
 
 
-@pytest.fixture
-def browse(tmp_path):
-    """Open a page in a headless Chromium that ends with the test."""
-    browsers = []
-
-    def browse(url):
-        browsers.append(Browser(tmp_path / "profile", url))
-        return browsers[-1]
-
-    yield browse
-    for browser in browsers:
-        browser.close()
-
-
 @pytest.mark.parametrize("compression", ["off", "gzip"])
 def test_chromium(broker, channel, tmp_path, site, browse, compression):
     """A page of another origin, with credentials: events, a killed worker, and the events after it."""
@@ -244,24 +228,3 @@ def test_chromium_outlives_a_broker_that_is_away(home, channel, tmp_path, site, 
             assert "closed for good" not in site.reports
         finally:
             server.stop()
-
-
-def test_inspector_shows_events_of_every_type(broker, tmp_path, browse):
-    """The page of make demo: names and data as text, newest first, also after the worker was killed."""
-    with Relay(tmp_path, "--workers", "1", "--debug", **broker.environment) as relay:
-        page = browse(f"{relay.url}/?channel=demo,orders")
-        until(
-            lambda: page.evaluate("document.getElementById('state').textContent") == "Connected to demo, orders",
-            "connected",
-        )
-        broker.publish("demo", '{"event":"greeting","id":7,"data":"<b>hello</b>\\nyou"}')
-        broker.publish("orders", "plain")
-        rows = "JSON.stringify([...document.querySelectorAll('tbody tr')].map(r => [...r.cells].slice(1).map(c => c.textContent)))"
-        first = [["message", "7", "plain"], ["greeting", "7", "<b>hello</b>\nyou"]]
-        until(lambda: sorted(json.loads(page.evaluate(rows))) == sorted(first), "both events")
-        os.kill(relay.workers()[0], signal.SIGKILL)
-        until(lambda: relay.log.count("stream opened") == 2, "the page is back")
-        broker.publish("demo", "again")
-        until(lambda: json.loads(page.evaluate(rows))[0][2] == "again", "the next event")
-        if "SSE_RELAY_SCREENSHOT" in os.environ:
-            page.screenshot(Path(os.environ["SSE_RELAY_SCREENSHOT"]))

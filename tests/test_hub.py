@@ -385,3 +385,16 @@ def test_what_is_under_way_comes_before_a_change(turns, what):
     while turns:
         turns.run()
     assert sum(b"data: 1" in data for data in many[-1].sent) == 1
+
+
+def test_labelled_streams_are_counted(hub):
+    """As the others of their channel are: their number, and what is delivered to them."""
+    for labels in (False, True):
+        joined(hub, "a", labels=labels)
+        joined(hub, "a", "b", labels=labels)
+    hub.deliver([Message("a", "1")])
+    sizes = {}
+    for channel, number in hub.sizes():
+        sizes[channel] = sizes.get(channel, 0) + number
+    assert sizes == {"a": 4, "b": 2}
+    assert hub.counts.deliveries == 4

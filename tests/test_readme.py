@@ -197,6 +197,8 @@ def test_every_reason_of_a_stream_reset_is_explained():
     sent = re.findall(r'(?:stream_reset|reset|restart)\("([a-z-]+)"', sources)
     table = README[README.index("| reason |") :].partition("\n\n")[0]
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.MULTILINE)) == set(sent)
+    inspector = (ROOT / "tornado_relay/static/inspector.html").read_text()
+    assert set(re.findall(r'^    "([a-z-]+)": "', inspector, re.MULTILINE)) == set(sent)
 
 
 @pytest.fixture

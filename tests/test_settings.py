@@ -4,7 +4,7 @@ import pytest
 from relay import ROOT
 
 from tornado_relay import SettingsError
-from tornado_relay.settings import COMING, FIELDS, Settings, cores, load
+from tornado_relay.settings import FIELDS, Settings, cores, load
 
 
 @pytest.fixture(autouse=True)
@@ -142,15 +142,6 @@ def test_url_of_another_kind_is_refused_without_its_password(environ, said):
     assert "ret@" not in str(error.value)
 
 
-@pytest.mark.parametrize("variable", COMING)
-def test_setting_of_a_later_version_is_refused_and_not_ignored(variable):
-    """A token that nobody checks would be worse than none; switched off it is no matter."""
-    load(environ={variable: "off"})
-    load(environ={variable: ""})
-    with pytest.raises(SettingsError, match=variable):
-        load(environ={variable: "something"})
-
-
 def test_origins_are_split_at_commas():
     """Blanks and a trailing slash do not matter."""
     settings = load(environ={"ALLOWED_ORIGINS": "https://a.example, http://localhost:8000/ ,"})
@@ -189,7 +180,7 @@ def test_every_setting_has_a_line_in_env_example():
     """.env.example explains each variable, one by one, and nothing else."""
     text = (ROOT / ".env.example").read_text()
     variables = re.findall(r"^#? ?([A-Z_]+)=", text, re.MULTILINE)
-    assert variables == [field.metadata["variable"] for field in FIELDS] + list(COMING)
+    assert variables == [field.metadata["variable"] for field in FIELDS]
     for variable in variables:
         assert re.search(rf"^# [^\n]+\n#? ?{variable}=", text, re.MULTILINE), f"{variable} has no explanation"
 

@@ -78,7 +78,7 @@ class RelayApplication(Application):
             ],
             default_handler_class=NotFoundHandler,
             default_handler_args=self._shared,
-            log_function=_log_nothing,
+            log_function=log_nothing,
         )
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
@@ -108,5 +108,5 @@ def _length(request: HTTPServerRequest) -> int | None:
     return int(length) if re.fullmatch("0|[1-9][0-9]{0,18}", length, re.ASCII) else None
 
 
-def _log_nothing(handler: HTTPServerRequest | RequestHandler) -> None:
+def log_nothing(handler: HTTPServerRequest | RequestHandler) -> None:
     """Streams are logged where they open and end; nothing else is worth a line."""

@@ -131,7 +131,8 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
         if database_url:
             _show_first_steps(current, listeners[0][0], database_url)
         notifier = systemd.Notifier(settings.systemd_variables())
-        return Supervisor(current, listeners, worker.run, reload, notifier).run()
+        with sockets.admin(current.admin_host, current.admin_port, current.worker_count) as admin:
+            return Supervisor(current, listeners, worker.run, reload, notifier, admin=admin).run()
 
 
 def _terminated(*_: object) -> NoReturn:

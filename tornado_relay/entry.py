@@ -83,6 +83,7 @@ class Entry:
             with self._relay.opening():
                 opened = await visit.open(grant, lambda: connection)
         except (NotNow, asyncio.CancelledError):
+            self._relay.hub.counts.refused += 1
             try:
                 connection.send(self._relay.come_back(origin), socket.MSG_DONTWAIT)
             except OSError:

@@ -15,7 +15,7 @@ from .relay import Relay
 
 log = logging.getLogger(__name__)
 
-_STATIC = Path(__file__).parent / "static"
+STATIC = Path(__file__).parent / "static"
 
 
 class RelayHandler(RequestHandler):
@@ -44,6 +44,8 @@ class RelayHandler(RequestHandler):
             self.set_header(name, value)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
+        if status_code in (401, 403):
+            self.relay.hub.counts.refused += 1
         told = self.told(status_code, **kwargs)
         if self.request.method == "POST":
             self.set_header("Content-Type", "application/json")
@@ -118,6 +120,7 @@ class InspectorHandler(RelayHandler):
         if not self.relay.settings.debug:
             raise HTTPError(404, log_message="nothing here; RELAY_SERVER_DEBUG=true shows a page to try the relay with")
         self.set_header("Content-Type", "text/html; charset=UTF-8")
-        self.finish((_STATIC / "inspector.html").read_bytes())
+        page = (STATIC / "inspector.html").read_bytes()
+        self.finish(page.replace(b'data-publish="off"', b'data-publish="on"', 1) if self.relay.intake else page)
 
     head = get

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from . import events
 from .brokers.message import Message
+from .counts import Counts
 
 # Channels whose events no history keeps are remembered, so that a stream on them that was away is told; this many.
 MAX_UNKEPT = 10_000
@@ -93,6 +94,7 @@ class Hub:
 
     def __init__(self, *, history: bool = False, later: Callable[[Callable[[], None]], object] | None = None) -> None:
         self.history = history
+        self.counts = Counts()
         self._later = later
         # What is still to be sent, by channel and whether with labels, and under None for streams on several; in each
         # the oldest pass first.
@@ -138,6 +140,16 @@ class Hub:
 
     def __contains__(self, sink: object) -> bool:
         return sink in self._sinks
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """
+        Yield how many streams hear each channel, in parts that add up; others may come and go meanwhile.
+
+        Whoever asked for a channel with a twin hears both.
+        """
+        for place in (self._solo, self._labelled, self._mixed, self._ahead, self._held):
+            for channel in list(place):
+                yield channel, len(place.get(channel, ()))
 
     def add(self, sink: Sink) -> None:
         """Deliver to ``sink`` from now on."""
@@ -194,6 +206,7 @@ class Hub:
         own: dict[Sink, list[bytes]] = {}
         for message in messages:
             channel, seq = message.channel, message.seq
+            self.counts.events += 1
             if self.history:
                 self._note(message, own)
             solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
@@ -203,6 +216,8 @@ class Hub:
                 continue
             frame = self._frame(message)
             with_label = events.label(channel, seq) + frame if self._labels else frame
+            # Here, for all its streams: sending is what happens most often.
+            self.counts.deliver(len(solo or ()) + len(labelled or ()) + len(mixed or ()), len(frame))
             if recording is not None:
                 recording.append((seq, frame))
             if solo is not None:
@@ -214,6 +229,7 @@ class Hub:
             for sink in ahead or ():
                 if not seq or seq > sink.position:
                     own.setdefault(sink, []).append(with_label if sink.labels else frame)
+                    self.counts.deliver(1, len(frame))
         self._send(shared, own)
         if self._ahead:
             self._settle()

@@ -74,12 +74,12 @@ class Server(HTTPServer):
     Args:
         waiting: Where connections wait for their request.
         poller: What watches those of which nothing has come.
-        entry: Takes what it can; the rest is for the application.
+        entry: Takes what it can; the rest is for the application, as all is without one.
 
     """
 
     def initialize(  # type: ignore[override]
-        self, application: Any, waiting: Waiting, poller: Poller, entry: Entry, **options: Any
+        self, application: Any, waiting: Waiting, poller: Poller, entry: Entry | None, **options: Any
     ) -> None:
         """See `tornado.httpserver.HTTPServer`, whose constructor this is (`tornado.util.Configurable`)."""
         super().initialize(application, **options)
@@ -148,7 +148,7 @@ class Server(HTTPServer):
         peer = address[0] if isinstance(address, tuple) else UNIX
         if not data:
             connection.close()
-        elif not self._entry.take(connection, data, peer):
+        elif not (self._entry and self._entry.take(connection, data, peer)):
             self.handle_stream(IOStream(connection, max_buffer_size=self.max_buffer_size), address)
 
     def _no_room(self, error: OSError) -> None:

@@ -23,12 +23,6 @@ from .errors import SettingsError
 TRACE = 5
 LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
 
-COMING = (
-    "RELAY_ADMIN_HOST",
-    "RELAY_ADMIN_PORT",
-)
-"""Settings of a later version. Ignoring one could leave open what its user believes closed, so it is refused."""
-
 
 def _setting(variable: str, default: Any, parse: Callable[[str], Any], meaning: str, **more: Any) -> Any:
     flag = "--" + variable.removeprefix("RELAY_").removeprefix("SERVER_").removeprefix("HTTP_").lower().replace(
@@ -46,6 +40,10 @@ class Settings:
     port: int = _setting("RELAY_HTTP_PORT", 8001, values.port, "TCP port to listen on; 0 takes a free one")
     unix_socket: str = _setting(
         "RELAY_UNIX_SOCKET", "", values.text, "path of a Unix socket to listen on, in place of host and port"
+    )
+    admin_host: str = _setting("RELAY_ADMIN_HOST", "127.0.0.1", values.text, "address of the admin listener")
+    admin_port: int = _setting(
+        "RELAY_ADMIN_PORT", 0, values.port, "TCP port of the admin listener: a page at /, /status; 0 is none"
     )
     workers: int = _setting(
         "RELAY_WORKERS", 0, values.number(0, 1024, "a number of workers"), "worker processes; 0 is one per core"
@@ -267,8 +265,6 @@ def load(
         except ValueError as exc:
             shown = "the value" if field.metadata.get("secret") else repr(raw)
             raise SettingsError(f"{source}: {shown} {exc}") from exc
-    if only is None:
-        _refuse_coming({**file, **environ})
     return Settings(**parsed)
 
 
@@ -332,7 +328,7 @@ def read_env_file(path: str | None) -> dict[str, str | None]:
 
 def misspelt_variables(env_file: str | None) -> list[str]:
     """Return a line for each variable that looks like a setting of ours and is none."""
-    known = [*(field.metadata["variable"] for field in FIELDS), *COMING, *project.VARIABLES]
+    known = [*(field.metadata["variable"] for field in FIELDS), *project.VARIABLES]
     lines = []
     for name in sorted({*os.environ, *read_env_file(env_file)}):
         if name.startswith("RELAY_") and name not in known:
@@ -382,10 +378,3 @@ def _checked_url(variable: str, url: str) -> str:
 
 _HOST = re.compile(r"(\[[^\]@]*\]|[^:,@\[\]]*)(?::([0-9]{1,5}))?(?:,|$)")
 _HOSTS = re.compile(rf"(?:{_HOST.pattern})*")
-
-
-def _refuse_coming(variables: Mapping[str, str | None]) -> None:
-    for variable in COMING:
-        value = variables.get(variable) or ""
-        if value.strip() and values.BOOLEANS.get(value.strip().lower(), True):
-            raise SettingsError(f"{variable} is set, but this version does not have it yet; leave it out")

@@ -6,7 +6,13 @@ holds them open, those that reach the socket of a worker that died wait in its b
 
 from __future__ import annotations
 
+import re
 import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SettingsError
@@ -14,11 +20,11 @@ from .errors import SettingsError
 BACKLOG = 4096
 
 
-def bind(host: str, port: int, count: int) -> list[list[socket.socket]]:
+def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> list[list[socket.socket]]:
     """
     Bind ``count`` groups of sockets, one socket in each for every address of ``host``.
 
-    Port 0 takes a free port, the same for all.
+    Port 0 takes a free port, the same for all. ``flags`` are those that errors name.
 
     Raises:
         SettingsError: If the address does not exist or is taken.
@@ -43,7 +49,7 @@ def bind(host: str, port: int, count: int) -> list[list[socket.socket]]:
         return groups
     except (OSError, UnicodeError) as exc:  # UnicodeError: a name that IDNA does not allow
         why = getattr(exc, "strerror", None) or exc
-        raise SettingsError(f"cannot listen on {host}:{port} (--host, --port): {why}") from exc
+        raise SettingsError(f"cannot listen on {host}:{port} ({flags}): {why}") from exc
 
 
 def bind_unix(path: str, count: int) -> list[list[socket.socket]]:
@@ -72,6 +78,52 @@ def bind_unix(path: str, count: int) -> list[list[socket.socket]]:
         raise SettingsError(f"--unix-socket: cannot listen on {path}: {exc.strerror or exc}") from exc
     with listener:
         return [[listener.dup()] for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Admin:
+    """What the workers share to show how the relay is, and which of them this one is."""
+
+    listeners: list[socket.socket]
+    """The bound sockets of the admin listener, on which all of them accept: whoever is free answers."""
+    folder: Path
+    """Where each has a Unix socket, on which it tells of itself; for this relay alone."""
+    workers: int
+    """How many there should be."""
+    since: float
+    """`time.monotonic` at the start of the relay."""
+    number: int = 0
+    """The place of this worker among them."""
+
+    def path(self, number: int, pid: int) -> Path:
+        """Return where the worker at this place, with this process id, has its socket."""
+        return self.folder / f"{number}-{pid}"
+
+    def present(self) -> list[tuple[int, int]]:
+        """Return place and process id of those who have one; a place may have two, one of which is ending."""
+        found = (re.fullmatch("([0-9]+)-([0-9]+)", path.name) for path in self.folder.glob("*"))
+        return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+@contextmanager
+def admin(host: str, port: int, workers: int) -> Iterator[Admin | None]:
+    """
+    Bind the admin listener, and keep the folder meanwhile; yield None if ``port`` is 0.
+
+    Raises:
+        SettingsError: If the address does not exist or is taken, or there can be no folder.
+
+    """
+    if not port:
+        yield None
+        return
+    (listeners,) = bind(host, port, 1, "--admin-host, --admin-port")
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="sse-relay-")
+    except OSError as exc:
+        raise SettingsError(f"--admin-port: there can be no folder for the workers' sockets: {exc}") from exc
+    with folder as path:
+        yield Admin(listeners, Path(path), workers, time.monotonic())
 
 
 def shown(listener: socket.socket) -> str:

@@ -125,6 +125,7 @@ class StreamHandler(RelayHandler):
         # EventSource gives up for good on any status but 200 (HTML standard, "fail the connection"),
         # so it is told to come back by a stream that ends at once.
         log.debug("stream refused: %s", why)
+        self.relay.hub.counts.refused += 1
         if "text/event-stream" in self.request.headers.get("Accept", ""):
             whole = self.request.method == "GET"
             self.answer_and_close(self.relay.come_back(self.origin) if whole else self.relay.head(self.origin))

@@ -24,6 +24,9 @@ MAX_UNREAD = 4096
 # Pieces that one system call takes; the kernel's limit is 1,024 (IOV_MAX).
 PIECES = 64
 
+CUT = "cut: it read too slowly"
+"""Why the stream of a slow reader ended."""
+
 _NOTHING: dict[str, int] = {}
 
 
@@ -144,7 +147,7 @@ class Subscriber:
 
     def cut(self) -> None:
         """End the stream of a reader that does not keep up, so that it costs no other stream anything."""
-        self.reason = "cut: it read too slowly"
+        self.reason = CUT
         log.info("cutting a slow reader: %s", self)
         self._close()
 

@@ -22,7 +22,7 @@ from .errors import SettingsError
 from .limits import Seats, Tally, descriptor_limit, shares
 from .process import SIGNALS, Process, died
 from .settings import Settings
-from .sockets import shown
+from .sockets import Admin, shown
 from .systemd import Notifier
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,10 @@ log = logging.getLogger(__name__)
 # A worker that lived this long was healthy: the next restart starts from the shortest delay.
 HEALTHY_SECONDS = 10.0
 
-_FIXED = ("host", "port", "unix_socket", "workers", "embedded", "embedded_dir")
+_FIXED = ("host", "port", "unix_socket", "admin_host", "admin_port", "workers", "embedded", "embedded_dir")
 
-RunWorker = Callable[[Settings, list[socket.socket], Seats, Callable[[], None], Callable[[str], None]], int]
+RunWorker = Callable[..., int]
+"""`worker.run`."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,8 +65,11 @@ class Supervisor:
         run_worker: RunWorker,
         reload: Callable[[], Settings],
         notifier: Notifier,
+        *,
+        admin: Admin | None,
     ) -> None:
         self.settings = settings
+        self.admin = admin
         self.run_worker = run_worker
         self.reload = reload
         self.notifier = notifier
@@ -148,6 +152,8 @@ class Supervisor:
             slot.due = None
             for listener in slot.sockets:
                 listener.close()
+        for listener in self.admin.listeners if self.admin else ():
+            listener.close()
         for process, _ in self.processes.values():
             process.dismiss(number)
 
@@ -160,7 +166,8 @@ class Supervisor:
         row = self.tally.take_row()
         current, (here, _) = self.settings, shares(descriptor_limit())
         seats = Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
-        run = partial(self.run_worker, self.settings, slot.sockets, seats)
+        admin = self.admin and dataclasses.replace(self.admin, number=slot.number)
+        run = partial(self.run_worker, self.settings, slot.sockets, seats, admin=admin)
         try:
             process = Process(run, close, self.settings.drain_seconds)
         except OSError:
@@ -180,6 +187,8 @@ class Supervisor:
                 self._next_reload()
         if not self._up and all(slot.current and slot.current.ready for slot in self.slots):
             self._up = True
+            if self.admin:
+                log.info("admin listener at %s", ", ".join(shown(listener) for listener in self.admin.listeners))
             log.info("listening on %s with %d workers", self.address, len(self.slots))
             self.notifier.ready(f"{len(self.slots)} workers on {self.address}")
 
@@ -200,6 +209,8 @@ class Supervisor:
             process.read_report()
         process.close()
         self.tally.free_row(process.row)
+        if self.admin:
+            self.admin.path(slot.number, process.pid).unlink(missing_ok=True)
         if process is slot.replacement:
             slot.replacement = None
             if not self._stopping:

@@ -18,7 +18,7 @@ from .authority import REFUSALS, Question
 from .errors import AuthorityUnavailable, BrokerError, ChannelError, TokenError
 from .limits import network_of
 from .relay import RETRY, Relay
-from .subscriber import Subscriber
+from .subscriber import CUT, Subscriber
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +191,7 @@ class Visit:
         head = relay.head(origin, packer) + (packer.begin(begin) if packer else begin)
         subscriber.open(connection, relay.poller, head, relay.settings.client_buffer, now)
         subscriber.packer = packer
+        relay.hub.counts.opened += 1
         log.info("stream opened: %s", subscriber)
         if replay:
             replay.admit(subscriber, behind=last is not None)
@@ -222,6 +223,8 @@ class Visit:
         if self._relay.hub.remove(subscriber):
             self._relay.reader.release(subscriber.audible)
             self.leave()
+            self._relay.hub.counts.closed += 1
+            self._relay.hub.counts.cut += subscriber.reason is CUT
             seconds = IOLoop.current().time() - subscriber.opened_at
             log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, subscriber.reason)
 

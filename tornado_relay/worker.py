@@ -8,11 +8,16 @@ import os
 import random
 import signal
 import socket
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from tornado.ioloop import IOLoop, PeriodicCallback
+from tornado.web import Application
 
+from . import status
+from .admin import AdminApplication
 from .application import MAX_BODY, RelayApplication
 from .brokers.reader import Reader
 from .entry import Entry
@@ -20,11 +25,13 @@ from .errors import BrokerRefused, SettingsError
 from .hub import Hub
 from .intake import Intake
 from .limits import Seats
+from .peers import Peers
 from .publish import open_publisher
 from .relay import RETRY, Relay
 from .replay import Replay
 from .server import Server
 from .settings import Settings
+from .sockets import Admin
 from .subscriber import Subscriber
 from .tokens import keys_of
 from .upkeep import Upkeep
@@ -47,6 +54,8 @@ def run(
     seats: Seats,
     beat: Callable[[], None],
     report: Callable[[str], None],
+    *,
+    admin: Admin | None,
 ) -> int:
     """
     Serve until SIGTERM, or SIGINT for at once, and return the exit status.
@@ -57,9 +66,10 @@ def run(
         seats: The room for streams.
         beat: Called by the loop every second: the proof that it turns.
         report: Called with an empty text once connections are accepted, or else with the reason why not.
+        admin: What it shares with the other workers to show how the relay is; None if that is not asked for.
 
     """
-    return asyncio.run(Worker(settings, sockets, seats, beat, report).main())
+    return asyncio.run(Worker(settings, sockets, seats, beat, report, admin=admin).main())
 
 
 class Worker:
@@ -72,10 +82,13 @@ class Worker:
         seats: Seats,
         beat: Callable[[], None],
         report: Callable[[str], None],
+        *,
+        admin: Admin | None,
     ) -> None:
         self.settings = settings
         self.sockets = sockets
         self.seats = seats
+        self.admin = admin
         self.beat = beat
         self.report = report
         self.hub = Hub(history=settings.history > 0, later=self._later)
@@ -84,7 +97,10 @@ class Worker:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._beat = 0
+        self._began = time.monotonic()
         self.server: Server | None = None
+        # What serves the admin listener.
+        self.desk: Server | None = None
 
     async def main(self) -> int:
         """Start, serve, drain; return the exit status."""
@@ -113,6 +129,7 @@ class Worker:
         reading = asyncio.create_task(self.reader.run(first.set_result))
         working.add(reading)
         stopping = asyncio.create_task(self._stop.wait())
+        self._due = self.loop.time() + TICK
         ticker = PeriodicCallback(self._tick, TICK * 1000)
         ticker.start()
         awaited: set[asyncio.Future[Any]] = {first, reading, stopping}
@@ -125,18 +142,18 @@ class Worker:
             self.report(f"{self.reader.name} refused the connection: {refused}")
             return CANNOT_START
 
-        self.server = Server(
-            RelayApplication(self.relay),
-            self.relay.waiting,
-            self.relay.poller,
-            Entry(self.relay),
-            idle_connection_timeout=REQUEST_SECONDS,
-            body_timeout=REQUEST_SECONDS,
-            max_header_size=MAX_HEADER,
-            max_body_size=MAX_BODY,
-            max_buffer_size=2 * MAX_BODY,
-        )
+        self.server = self._server(RelayApplication(self.relay), Entry(self.relay))
         self.relay.poller.start()
+        if self.admin:
+            peers = Peers(self.admin, partial(status.tell, self.relay, self.admin.number, self._began))
+            try:
+                await peers.start()
+            except OSError as exc:
+                self.report(f"a worker cannot have its socket in {self.admin.folder}: {exc}")
+                return CANNOT_START
+            # A page that asks again comes to whichever worker is free then.
+            self.desk = self._server(AdminApplication(self.relay, peers), None, no_keep_alive=True)
+            self.desk.listen_on(self.admin.listeners)
         self.server.listen_on(self.sockets)
         self.report("")
         await asyncio.wait({*working, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -148,6 +165,20 @@ class Worker:
         ticker.stop()
         await _cancel(working)
         return STOPPED
+
+    def _server(self, application: Application, entry: Entry | None, **options: Any) -> Server:
+        return Server(
+            application,
+            self.relay.waiting,
+            self.relay.poller,
+            entry,
+            idle_connection_timeout=REQUEST_SECONDS,
+            body_timeout=REQUEST_SECONDS,
+            max_header_size=MAX_HEADER,
+            max_body_size=MAX_BODY,
+            max_buffer_size=2 * MAX_BODY,
+            **options,
+        )
 
     def _later(self, call: Callable[[], None]) -> None:
         self.loop.add_callback(call)
@@ -162,6 +193,9 @@ class Worker:
 
     def _tick(self) -> None:
         self.beat()
+        # The ticker keeps to whole ticks since its start, however late one was.
+        self.hub.counts.lag = late = max(0.0, self.loop.time() - self._due)
+        self._due += (late // TICK + 1) * TICK
         if os.getppid() != self._parent and not self._stop.is_set():
             log.warning("the supervisor is gone, this worker ends too")
             self._stop.set()
@@ -194,6 +228,8 @@ class Worker:
                 except asyncio.TimeoutError:
                     pass
             subscriber.end("the worker is stopping", random.randint(*RETRY))
+        if self.desk:
+            self.desk.stop()
         await self.relay.settle()
         await asyncio.sleep(0)  # the streams' close callbacks
 

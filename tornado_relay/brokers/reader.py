@@ -70,6 +70,11 @@ class Reader:
         # What to call after the first try, and then no more.
         self._on_first: Callable[[BrokerRefused | None], None] | None = None
 
+    @property
+    def latency(self) -> float | None:
+        """See `Listener`."""
+        return self._listener.latency
+
     def audible(self, channels: Iterable[str]) -> tuple[str, ...]:
         """Return the channels whose events a stream on ``channels`` hears."""
         return self._listener.audible(channels)
