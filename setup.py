@@ -20,6 +20,7 @@ EXTRAS["test"] = [
     *EXTRAS["jwt"],
     *EXTRAS["django"],
     *EXTRAS["embedded"],
+    "django-htmx>=1.29",  # htmx and its extension for streams, as files
     "httpx>=0.27",
     "httpx-sse>=0.4",  # a reader of streams that no one here wrote
     "hypothesis>=6.100",

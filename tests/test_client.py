@@ -13,6 +13,7 @@ from browser import Browser
 from programs import program
 from relay import Relay
 from servers import accepts, free_port, until
+from test_readme import block
 
 from tornado_relay import subscribe_token
 
@@ -395,3 +396,14 @@ def test_module(kept_redis, running, browser, site, channel):
     until(lambda: streams(relay) == 1, "connected", seconds=40)
     kept_redis.publish(channel, "hello")
     until(lambda: tab.evaluate("document.title") == "hello", "the event")
+
+
+def test_script_of_the_readme(kept_redis, running, browser, site):
+    """The page as it stands there logs the order's total."""
+    relay = running(kept_redis.environment)
+    script = block("html", "new RelaySource(").replace("http://localhost:8001", relay.url)
+    site.answers["/shop"] = lambda: (200, script.replace("console.log(", "((total) => document.title = total)("))
+    page = browser.tab(f"{site.url}/shop")
+    until(lambda: streams(relay) == 1, "connected", seconds=40)
+    kept_redis.publish("orders", '{"total": "12.50"}', event="NEW_ORDER")
+    until(lambda: page.evaluate("document.title") == "12.50", "the event")

@@ -26,15 +26,27 @@ def stream_url(names: Iterable[str], *, base: str = "", ttl: float = 3600, last_
 
     """
     wanted = [channels.check(name) for name in names]
-    base = (base or settings.of_application("RELAY_URL")).rstrip("/")
-    if not base:
-        raise SettingsError(
-            "RELAY_URL is not set; give the address at which browsers reach the relay, such as "
-            "SSE_RELAY = {'RELAY_URL': 'https://events.example.com'}"
-        )
+    base = base.rstrip("/") or relay_url()
     query = [("channel", name) for name in wanted]
     if settings.of_application("RELAY_JWT_SECRET"):
         query.append(("token", subscribe_token(wanted, ttl)))
     if last_event_id:
         query.append(("last_event_id", last_event_id))
     return f"{base}/events?{urlencode(query, quote_via=quote)}"
+
+
+def relay_url() -> str:
+    """
+    Return the address at which browsers reach the relay, without a slash at its end.
+
+    Raises:
+        SettingsError: If ``RELAY_URL`` is not set, neither in ``SSE_RELAY`` nor in the environment.
+
+    """
+    base = settings.of_application("RELAY_URL").rstrip("/")
+    if not base:
+        raise SettingsError(
+            "RELAY_URL is not set; give the address at which browsers reach the relay, such as "
+            "SSE_RELAY = {'RELAY_URL': 'https://events.example.com'}"
+        )
+    return base
