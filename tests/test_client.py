@@ -401,7 +401,7 @@ def test_module(kept_redis, running, browser, site, channel):
 def test_script_of_the_readme(kept_redis, running, browser, site):
     """The page as it stands there logs the order's total."""
     relay = running(kept_redis.environment)
-    script = block("html", "new RelaySource(").replace("http://localhost:8001", relay.url)
+    script = block("html", 'new RelaySource("').replace("http://localhost:8001", relay.url)
     site.answers["/shop"] = lambda: (200, script.replace("console.log(", "((total) => document.title = total)("))
     page = browser.tab(f"{site.url}/shop")
     until(lambda: streams(relay) == 1, "connected", seconds=40)
