@@ -1,14 +1,17 @@
-# make demo | test | fuzz | bench | lint | format
+# make demo | example | test | fuzz | bench | lint | format
 
 PYTHON ?= python3
 PORT ?= 8001
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test fuzz bench lint format
+.PHONY: demo example test fuzz bench lint format
 
 demo: $(VENV)/demo
 	@$(BIN)/sse-relay-server --embedded --debug --host 127.0.0.1 --port $(PORT)
+
+example: $(VENV)/example
+	@EVENTS_PORT=$(PORT) $(BIN)/python examples/board/run.py
 
 test: $(VENV)/test
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -36,8 +39,10 @@ format: $(VENV)/test
 # Marker files: what has been installed, to do it again when setup.py changes.
 $(VENV)/demo: EXTRAS = postgres,embedded
 $(VENV)/test: EXTRAS = test
-$(VENV)/demo $(VENV)/test: setup.py
+$(VENV)/example: EXTRAS = postgres,embedded,django,jwt
+$(VENV)/example: MORE = "django-htmx>=1.29"
+$(VENV)/demo $(VENV)/example $(VENV)/test: setup.py
 	@echo "Installing into $(VENV) ($(EXTRAS)): a minute or two at the first time ..."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@$(BIN)/pip install --disable-pip-version-check -e ".[$(EXTRAS)]" $(MORE)
 	@touch $@
