@@ -31,8 +31,10 @@ class Tab:
         self._address = address
 
     def evaluate(self, expression):
-        """Return the value of a JavaScript expression in the page, which may be a promise."""
+        """Return the value of a JavaScript expression in the page, which may be a promise; None if the page is just left."""
         answer = self._command("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        if answer is None:
+            return None
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -57,7 +59,7 @@ class Tab:
             connection.close()
             while await connection.read_message() is not None:
                 pass
-            return answer["result"]
+            return answer.get("result")
 
         return asyncio.run(ask())
 

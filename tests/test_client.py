@@ -97,7 +97,7 @@ def running(site, tmp_path):
 
 
 def seen(tab):
-    return tab.evaluate("window.seen ?? []")
+    return tab.evaluate("window.seen") or []
 
 
 def data(tab):
@@ -105,7 +105,7 @@ def data(tab):
 
 
 def states(tab):
-    return tab.evaluate("window.states ?? []")
+    return tab.evaluate("window.states") or []
 
 
 def is_open(tab):

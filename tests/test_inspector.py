@@ -18,7 +18,7 @@ class Inspector:
         self.evaluate = browser.evaluate
 
     def text(self, element):
-        return self.evaluate(f"document.getElementById('{element}').textContent")
+        return self.evaluate(f"document.getElementById('{element}')?.textContent")
 
     def rows(self):
         """Event, id, bytes, time that it took, and data, newest first."""

@@ -50,7 +50,7 @@ def test_nothing_between_rendering_and_connecting_is_lost(project, relay, site, 
         notify(project, "user-8", "not for us")
     site.answers["/shop"] = lambda: (200, page)
     tab = browser.tab(f"{site.url}/shop")
-    until(lambda: len(tab.evaluate("window.seen ?? []")) >= 10, "the events", seconds=40)
+    until(lambda: len(tab.evaluate("window.seen") or []) >= 10, "the events", seconds=40)
     notify(project, "orders", "live")
     until(lambda: tab.evaluate("seen.at(-1)") == "live", "the next event")
     assert tab.evaluate("seen") == [*map(str, range(10)), "live"]
