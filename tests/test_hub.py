@@ -398,3 +398,15 @@ def test_labelled_streams_are_counted(hub):
         sizes[channel] = sizes.get(channel, 0) + number
     assert sizes == {"a": 4, "b": 2}
     assert hub.counts.deliveries == 4
+
+
+def test_stream_that_is_ahead_keeps_its_labels():
+    """One that the history has brought further than the broker's messages have come, until these are there as well."""
+    hub = Hub(history=True)
+    sink = Sink("a", labels=True)
+    sink.position = 2
+    hub.join(sink)
+    hub.deliver([Message("a", str(number), f"00000000-{number}", number) for number in (1, 2, 3)])
+    hub.deliver([Message("a", "4", "00000000-4", 4)])
+    labelled = [b"channel: a\nseq: %d\nid: 00000000-%d\ndata: %d\n\n" % (number, number, number) for number in (3, 4)]
+    assert sink.sent == labelled
