@@ -10,8 +10,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 from browser import Browser
+from conftest import Kept
 from programs import program
-from relay import Relay
+from relay import Relay, run
 from servers import accepts, free_port, until
 from test_readme import block
 
@@ -384,6 +385,31 @@ def test_leader_that_hangs_is_replaced(kept_redis, running, tab, channel):
     kept_redis.publish(channel, "3")
     until(lambda: data(stuck) == data(other) == ["1", "2", "3"], "the next")
     assert streams(relay) == 1
+
+
+def test_history_that_begins_anew(postgres_server, running, tab, channel, tmp_path):
+    """Its numbers are lower than what the page has had: it is told, and takes them all the same."""
+    name = f"anew_{channel.replace('-', '_')}"
+    postgres_server.execute(f"CREATE DATABASE {name}")
+    url = postgres_server.url.removesuffix("relay") + name
+
+    def set_up():
+        assert run("init-db", cwd=tmp_path, DATABASE_URL=url).returncode == 0
+        return Kept("postgres", postgres_server, url)
+
+    kept = set_up()
+    relay = running(kept.environment)
+    page = tab(relay.url, f"/channel={channel}")
+    until(lambda: is_open(page), "connected", seconds=40)
+    kept.publish(channel, *map(str, range(5)))
+    until(lambda: len(data(page)) == 5, "the events")
+    kept.execute("DROP FUNCTION relay_notify; DROP SCHEMA sse_relay CASCADE")
+    kept.publisher.close()
+    kept = set_up()
+    kept.publish(channel, "new", "and again")
+    until(lambda: data(page)[5:] == ["new", "and again"], "the new events")
+    assert [json.loads(text)["reason"] for kind, text, _ in seen(page) if kind == "stream-reset"] == ["history-lost"]
+    kept.publisher.close()
 
 
 def test_module(kept_redis, running, browser, site, channel):

@@ -76,8 +76,6 @@
       if (restart) want.n = 0
       if (n) want.n = n
       if (at) Object.assign(want, place(at))
-      // A page that fetches its state anew by a reload must not come back to before that.
-      this._keep = type != "stream-reset" && want.n
       if (!type) return
       this._fire(new MessageEvent(type, { data, lastEventId: id ?? want.at ?? "", origin: this._origin }))
       if (type == "STOP") this.close()
@@ -134,11 +132,11 @@
       this.say({ want: source._want })
     }
 
-    drop({ _want: { id, at }, _saved, _keep }) {
+    drop({ _want: { id, at, n }, _saved }) {
       if (!this.sources.delete(id)) return
       this.say({ drop: id })
       try {
-        sessionStorage[_saved] = _keep ? at : ""
+        sessionStorage[_saved] = n ? at : ""
       } catch {}
     }
 
