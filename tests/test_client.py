@@ -3,6 +3,8 @@
 import gzip
 import http.server
 import json
+import os
+import signal
 import subprocess
 import threading
 from urllib.parse import quote
@@ -44,6 +46,8 @@ class Site(http.server.BaseHTTPRequestHandler):
         status, text = self.server.answers[self.path]() if self.path in self.server.answers else (200, PAGE)
         self.send_response(status)
         self.send_header("Content-Type", "text/html")
+        if status == 302:
+            self.send_header("Location", text)
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -238,6 +242,31 @@ def test_deploy_behind_nginx(kept, running, tab, channel, tmp_path):
         nginx.wait(20)
 
 
+def test_many_tokens(kept_redis, running, tab, channel):
+    """Each source has its own: one for a channel goes into the address, and one that is too long for a proxy is two."""
+    relay = running(kept_redis.environment, RELAY_JWT_SECRET=SECRET)
+
+    def path(name, ttl):
+        return f"/channel={name}?token={subscribe_token(name, ttl=ttl, key=SECRET)}"
+
+    page = tab(relay.url, path(channel, 3600))
+    until(lambda: is_open(page), "connected", seconds=40)
+    names = [channel] * 110 + [f"{channel}-{number}" for number in range(61)]
+    urls = [relay.url + path(name, 1000 + number) for number, name in enumerate(names)]
+    page.evaluate(f"void (window.more = {json.dumps(urls)}.map(url => new RelaySource(url)))")
+    all_open = "[source, ...more].every(one => one.readyState == 1)"
+    until(lambda: page.evaluate(all_open) and streams(relay) == 2, "all are open")
+    asked = page.evaluate(
+        "performance.getEntriesByType('resource').map(one => one.name).filter(url => url.includes('labels'))"
+    )
+    assert max(map(len, asked)) < 8000
+    for worker in relay.workers():
+        os.kill(worker, signal.SIGKILL)
+    until(lambda: page.evaluate("source.readyState") == 0, "the connection is lost")
+    until(lambda: page.evaluate(all_open), "all are back", seconds=40)
+    assert streams(relay) - 2 == 2  # those of the killed workers have no line of their end
+
+
 def test_token_that_runs_out(kept, running, tab, site, channel):
     """A new one comes from the page's callback, also where that fails at first, and the stream goes on."""
     relay = running(kept.environment, RELAY_JWT_SECRET=SECRET)
@@ -254,6 +283,16 @@ def test_token_that_runs_out(kept, running, tab, site, channel):
     until(lambda: data(page) == ["1", "2"], "what came meanwhile", seconds=30)
     assert "closed" not in states(page)
     assert not any(kind == "stream-reset" for kind, _, _ in seen(page))
+
+
+def test_login_page_is_no_token(kept_redis, running, browser, site, channel):
+    """Where the view of the tag's data-refresh leads to a login there is no new token: the source is closed."""
+    relay = running(kept_redis.environment, RELAY_JWT_SECRET=SECRET)
+    url = f"{relay.url}/channel={channel}?token=x"
+    page = f'<script src="{relay.url}/relay.js" data-stream="{url}" data-refresh="/token"></script>'
+    site.answers |= {"/shop": lambda: (200, page), "/token": lambda: (302, "/login")}
+    opened = browser.tab(f"{site.url}/shop")
+    until(lambda: opened.evaluate("window.relay?.readyState") == 2, "it has given up", seconds=40)
 
 
 def test_refused_tab_harms_no_other(kept, running, tab, channel):
@@ -410,6 +449,50 @@ def test_history_that_begins_anew(postgres_server, running, tab, channel, tmp_pa
     until(lambda: data(page)[5:] == ["new", "and again"], "the new events")
     assert [json.loads(text)["reason"] for kind, text, _ in seen(page) if kind == "stream-reset"] == ["history-lost"]
     kept.publisher.close()
+
+
+def test_handler_that_throws(kept_redis, running, tab, channel):
+    """Its error is the page's, and neither it nor the other tabs lose an event for it."""
+    relay = running(kept_redis.environment)
+    tabs = [tab(relay.url, f"/channel={channel}") for _ in range(2)]
+    until(lambda: all(map(is_open, tabs)), "both are connected", seconds=40)
+    for each in tabs:
+        each.evaluate(
+            "window.errors = 0; addEventListener('error', () => errors++); source.onmessage = () => { throw Error('mine') }"
+        )
+    kept_redis.publish(channel, *map(str, range(50)))
+    for each in tabs:
+        until(lambda each=each: each.evaluate("errors") == 50, "all have been handled")
+        assert data(each) == [str(number) for number in range(50)]
+        assert states(each) == ["open"]
+
+
+def test_source_made_later_hears_all(kept_redis, running, tab, channel):
+    """In the leading tab too what it missed, and that it is open, comes behind the script that makes it."""
+    relay = running(kept_redis.environment)
+    page = tab(relay.url, f"/channel={channel}")
+    until(lambda: is_open(page), "connected", seconds=40)
+    kept_redis.publish(channel, "1", "2", "3")
+    until(lambda: len(data(page)) == 3, "the events")
+    url = f"{relay.url}/channel={channel}?last_event_id={seen(page)[0][2]}"
+    page.evaluate(
+        f"window.got = []; window.second = new RelaySource('{url}');"
+        "second.onopen = () => got.push('open'); second.onmessage = e => got.push(e.data)"
+    )
+    until(lambda: page.evaluate("got.length") == 3, "all that it is to hear")
+    assert page.evaluate("got") == ["open", "2", "3"]
+
+
+def test_retry_of_nothing(kept_redis, running, tab, channel):
+    """An event's retry: 0 is no reason to come back never, nor at once and for ever."""
+    relay = running(kept_redis.environment)
+    page = tab(relay.url, f"/channel={channel}")
+    until(lambda: is_open(page), "connected", seconds=40)
+    kept_redis.publish(channel, "1", retry=0)
+    until(lambda: data(page) == ["1"], "the event")
+    for worker in relay.workers():
+        os.kill(worker, signal.SIGKILL)
+    until(lambda: states(page) == ["open", "away", "open"], "it is back", seconds=40)
 
 
 def test_module(kept_redis, running, browser, site, channel):

@@ -6,6 +6,8 @@
 (() => {
   // Of one stream, as the relay has it.
   const MAX_CHANNELS = 100
+  // Of an address: proxies take 8 KiB.
+  const MAX_LENGTH = 7000
   // Events for tabs that come a little later.
   const KEPT = 64
   // Milliseconds until the next try at most, and after which a tab asks if its leader is still there.
@@ -13,7 +15,6 @@
   const SILENCE = 10000
   const REFUSALS = [400, 401, 403]
   const lines = {}
-  const unique = values => [...new Set(values)]
   const backoff = (failures, ms = 1000) => Math.min(MAX_WAIT, ms * 2 ** failures) * (0.5 + Math.random() / 2)
   const lower = name => name.replace(/[A-Z]/g, letter => letter.toLowerCase())
 
@@ -45,8 +46,9 @@
       Object.assign(this, { url: href, withCredentials, readyState: 0, _origin: origin, _want: want, _refresh: token, _failures: 0 })
       this._line = lines[this._key] ??= new Line(this._key, base, withCredentials, this._key.endsWith(" "))
       // Scripts of the page that listen are there by then.
-      if (document.readyState == "loading") addEventListener("DOMContentLoaded", () => this._line.add(this))
-      else this._line.add(this)
+      const begin = () => this._line.add(this)
+      if (document.readyState == "loading") addEventListener("DOMContentLoaded", begin)
+      else setTimeout(begin)
     }
 
     close() {
@@ -55,7 +57,8 @@
     }
 
     _fire(event) {
-      this["on" + event.type]?.(event)
+      // As a listener: what it throws is the page's, and reported as such.
+      this.addEventListener(event.type, this["on" + event.type], { once: true })
       this.dispatchEvent(event)
     }
 
@@ -233,7 +236,7 @@
 
     // Whether there may be a new connection for `want` too: without a history what comes meanwhile would be lost.
     fits(want) {
-      return (!this.up || this.history) && this.same(want) && this.channels(want).length <= MAX_CHANNELS
+      return (!this.up || this.history) && this.same(want) && this.channels(want).length <= MAX_CHANNELS && this.address([...this.wants.values(), want]).length < MAX_LENGTH
     }
 
     same({ n, span }) {
@@ -241,7 +244,18 @@
     }
 
     channels(...more) {
-      return unique([...this.wants.values(), ...more].flatMap(want => want.channels))
+      return [...new Set([...this.wants.values(), ...more].flatMap(want => want.channels))]
+    }
+
+    // For each channel one token is enough: the newest, which is likely to last longest.
+    address(wants, rest) {
+      const query = new URLSearchParams(rest)
+      for (const { channels, token } of wants.reverse()) {
+        const more = channels.filter(name => !query.getAll("channel").includes(name))
+        for (const name of more) query.append("channel", name)
+        if (token && more[0]) query.append("token", token)
+      }
+      return this.line.base + "events?" + query
     }
 
     add(want) {
@@ -285,15 +299,12 @@
       const { line, n: since, at: last_event_id = "" } = this
       Object.assign(this, { since, kept: [], asked: this.channels(), cut: new AbortController() })
       const ask = (wants, rest, method) => {
-        const query = new URLSearchParams(rest)
-        for (const name of unique(wants.flatMap(want => want.channels))) query.append("channel", name)
-        for (const token of unique(wants.map(want => want.token))) if (token) query.append("token", token)
         const credentials = line.withCredentials ? "include" : "same-origin"
-        return fetch(`${line.base}events?${query}`, { method, credentials, cache: "no-store", signal: this.cut.signal, headers: { Accept: "text/event-stream" } })
+        return fetch(this.address(wants, rest), { method, credentials, cache: "no-store", signal: this.cut.signal, headers: { Accept: "text/event-stream" } })
       }
       this.heard()
       const wants = [...this.wants.values()]
-      const { status, body } = await ask(wants, { labels: 1, last_event_id })
+      const { status, body } = await ask([...wants], { labels: 1, last_event_id })
       if (REFUSALS.includes(status))
         // What one may not have must not keep the others from theirs.
         for (const want of wants) {
@@ -329,7 +340,7 @@
     }
 
     block({ event, data, id, channel, seq, retry, heartbeat, folds }, found) {
-      if (retry) this.retry = +retry
+      if (+retry) this.retry = +retry
       if (heartbeat) {
         Object.assign(this, { heartbeat, folds: +folds, history: id != "none", up: true, failures: 0 })
         this.line.say({ state: 1, to: [...this.wants.keys()] })
@@ -363,6 +374,6 @@
 
   self.RelaySource ??= RelaySource
   const { stream, name = "relay", refresh, credentials } = document.currentScript?.dataset ?? {}
-  const token = refresh && (() => fetch(refresh).then(answer => (answer.ok ? answer.text() : REFUSALS.includes(answer.status) ? null : Promise.reject())))
+  const token = refresh && (() => fetch(refresh).then(answer => (answer.redirected || REFUSALS.includes(answer.status) ? null : answer.ok ? answer.text() : Promise.reject())))
   if (stream) self[name] = new self.RelaySource(stream, { withCredentials: credentials == "include", token })
 })()
