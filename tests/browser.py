@@ -42,9 +42,6 @@ class Tab:
         """Save what the page looks like as a PNG."""
         path.write_bytes(base64.b64decode(self._command("Page.captureScreenshot")["data"]))
 
-    def navigate(self, url):
-        self._command("Page.navigate", url=url)
-
     def reload(self):
         self._command("Page.reload")
 

@@ -13,6 +13,7 @@ from programs import program
 from relay import Relay, run
 from servers import PostgresServer, RedisServer, execute, until
 from tornado.ioloop import IOLoop
+from website import Website
 
 from tornado_relay.events import own_id, serialize
 from tornado_relay.publish import open_publisher
@@ -143,6 +144,18 @@ def browse(tmp_path):
     yield browse
     for browser in browsers:
         browser.close()
+
+
+@pytest.fixture
+def browser(browse):
+    """A headless Chromium for several tabs."""
+    return browse("about:blank")
+
+
+@pytest.fixture
+def site():
+    with Website() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

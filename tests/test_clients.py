@@ -1,11 +1,9 @@
 """Streams read by clients that no one here wrote: httpx-sse, npm's eventsource, Chromium's EventSource."""
 
-import http.server
 import json
 import os
 import signal
 import subprocess
-import threading
 
 import httpx
 import pytest
@@ -107,43 +105,18 @@ PAGE = """<!doctype html><meta charset="utf-8"><script>
 </script>"""
 
 
-class Site(http.server.BaseHTTPRequestHandler):
-    """The application's site: serves the page and takes its reports."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(PAGE.encode())
-
-    def do_POST(self):
-        self.server.reports.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def site():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    server.reports = []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def site(site):
+    site.page = PAGE
+    return site
 
 
 @pytest.mark.parametrize("compression", ["off", "gzip"])
 def test_chromium(broker, channel, tmp_path, site, browse, compression):
     """A page of another origin, with credentials: events, a killed worker, and the events after it."""
-    origin = f"http://127.0.0.1:{site.server_port}"
-    flags = ("--workers", "2", "--allowed-origins", origin, "--compression", compression)
+    flags = ("--workers", "2", "--allowed-origins", site.url, "--compression", compression)
     with Relay(tmp_path, *flags, **broker.environment) as relay:
-        browse(f"{origin}/#{relay.url}/channel={channel}")
+        browse(f"{site.url}/#{relay.url}/channel={channel}")
         until(lambda: site.reports, "the page is connected", seconds=40)
         assert site.reports == ["open"]
         publish(broker, channel)
@@ -162,13 +135,12 @@ def test_chromium(broker, channel, tmp_path, site, browse, compression):
 
 def test_chromium_reads_compressed_streams(redis_server, channel, tmp_path, site, browse):
     """Unasked, live, and with a tenth of the bytes."""
-    origin = f"http://127.0.0.1:{site.server_port}"
     data = json.dumps([{"order": number, "customer": "Ann"} for number in range(1000)])
     with (
-        Relay(tmp_path, "--workers", "1", "--allowed-origins", origin, **redis_server.environment) as relay,
+        Relay(tmp_path, "--workers", "1", "--allowed-origins", site.url, **redis_server.environment) as relay,
         Proxy(relay.port) as proxy,
     ):
-        browse(f"{origin}/#http://127.0.0.1:{proxy.port}/channel={channel}")
+        browse(f"{site.url}/#http://127.0.0.1:{proxy.port}/channel={channel}")
         until(lambda: site.reports, "the page is connected", seconds=40)
         before = proxy.forwarded
         for number in range(3):
@@ -180,9 +152,8 @@ def test_chromium_reads_compressed_streams(redis_server, channel, tmp_path, site
 
 def test_chromium_misses_nothing(kept, channel, tmp_path, site, browse):
     """With a history: what is published while the page has no connection, behind an id of ours and one of its own."""
-    origin = f"http://127.0.0.1:{site.server_port}"
-    with Relay(tmp_path, "--workers", "2", "--allowed-origins", origin, **kept.environment) as relay:
-        browse(f"{origin}/#{relay.url}/channel={channel}")
+    with Relay(tmp_path, "--workers", "2", "--allowed-origins", site.url, **kept.environment) as relay:
+        browse(f"{site.url}/#{relay.url}/channel={channel}")
         until(lambda: site.reports, "the page is connected", seconds=40)
         for number, fields in enumerate(({}, {"id": "own"})):
             kept.publish(channel, f"before {number}", **fields)
@@ -202,7 +173,7 @@ def test_chromium_page_of_another_origin_is_refused_for_good(redis_server, chann
     with Relay(
         tmp_path, "--workers", "1", "--allowed-origins", "https://shop.example", **redis_server.environment
     ) as relay:
-        browse(f"http://127.0.0.1:{site.server_port}/#{relay.url}/channel={channel}")
+        browse(f"{site.url}/#{relay.url}/channel={channel}")
         until(lambda: site.reports, "the page is refused", seconds=40)
         assert site.reports == ["closed for good"]
         assert "stream opened" not in relay.log
@@ -216,9 +187,8 @@ def test_chromium_outlives_a_broker_that_is_away(home, channel, tmp_path, site, 
     folder.mkdir()
     server = RedisServer(folder)
     server.stop()
-    origin = f"http://127.0.0.1:{site.server_port}"
-    with Relay(tmp_path, "--workers", "1", "--allowed-origins", origin, **server.environment) as relay:
-        browse(f"{origin}/#{relay.url}/channel={channel}")
+    with Relay(tmp_path, "--workers", "1", "--allowed-origins", site.url, **server.environment) as relay:
+        browse(f"{site.url}/#{relay.url}/channel={channel}")
         until(lambda: "reconnecting" in site.reports, "the page tries again", seconds=40)
         server.start()
         try:

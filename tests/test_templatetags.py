@@ -7,7 +7,6 @@ import pytest
 from relay import Relay
 from servers import until
 from team import Project
-from test_client import browser, site  # noqa: F401  (fixtures)
 from test_readme import block
 
 SECRET = "s" * 64
@@ -21,7 +20,7 @@ def project(postgres_server, tmp_path):
 
 
 @pytest.fixture
-def relay(project, site, tmp_path):  # noqa: F811
+def relay(project, site, tmp_path):
     environment = {"DATABASE_URL": project.url, "RELAY_HISTORY": "100", "RELAY_JWT_SECRET": SECRET}
     with Relay(tmp_path, "--workers", "2", "--allowed-origins", site.url, **environment) as running:
         project.sse_relay = {"RELAY_URL": running.url, "RELAY_JWT_SECRET": SECRET}
@@ -40,7 +39,7 @@ def notify(project, channel, *numbers):
     project.python(f"for number in {numbers!r}: notify({channel!r}, {{'event': 'NEW_ORDER', 'data': str(number)}})")
 
 
-def test_nothing_between_rendering_and_connecting_is_lost(project, relay, site, browser):  # noqa: F811
+def test_nothing_between_rendering_and_connecting_is_lost(project, relay, site, browser):
     """Ten events: the README's page has all, in order, with a token for its own channels; another's event is not among them."""
     template = block("html", 'sse_stream "orders"').replace("console.log(e.data)", "(window.seen ??= []).push(e.data)")
     notify(project, "orders", "before")
@@ -56,7 +55,7 @@ def test_nothing_between_rendering_and_connecting_is_lost(project, relay, site, 
     assert tab.evaluate("seen") == [*map(str, range(10)), "live"]
 
 
-def test_htmx(project, relay, site, browser):  # noqa: F811
+def test_htmx(project, relay, site, browser):
     """The README's page with htmx and its extension: an event's HTML is put into the list, also after all workers died."""
     static = files("django_htmx") / "static/django_htmx"
     scripts = [(static / path).read_text() for path in ("htmx-2.min.js", "ext/hx-sse-2.min.js")]
