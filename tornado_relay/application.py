@@ -8,7 +8,7 @@ from typing import Any
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
-from . import access
+from . import access, client
 from .client import ClientHandler
 from .handlers import HealthHandler, InspectorHandler, NotFoundHandler, ReadyHandler, RelayHandler
 from .relay import Relay
@@ -18,10 +18,6 @@ MAX_BODY = 1_048_576
 """Bytes of a request's body."""
 
 MAX_SKIPPED = 8 * MAX_BODY
-
-
-CLIENT = {"relay.js": "text/javascript", "relay.mjs": "text/javascript", "relay.d.ts": "text/plain"}
-"""The browser client's files."""
 
 
 @stream_request_body
@@ -68,10 +64,7 @@ class RelayApplication(Application):
                 (r"/", InspectorHandler, self._shared),
                 (r"/healthz", HealthHandler, self._shared),
                 (r"/readyz", ReadyHandler, self._shared),
-                *(
-                    (re.escape(f"/{name}"), ClientHandler, self._shared | {"name": name, "content_type": content_type})
-                    for name, content_type in CLIENT.items()
-                ),
+                *((re.escape(f"/{name}"), ClientHandler, self._shared | {"name": name}) for name in client.FILES),
                 (r"/events", StreamHandler, self._shared),
                 (r"/channel=(.*)", StreamHandler, self._shared),
                 (r"/([^/]+)", StreamHandler, self._shared),

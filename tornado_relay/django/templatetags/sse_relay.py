@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from django import template
 from django.utils.html import escape, format_html, format_html_join
@@ -76,11 +75,15 @@ def sse_stream(
     }
     # Texts that are written in a template count as safe, and would go in as they are.
     given = [(key, escape(value)) for key, value in attributes.items() if value]
-    tag = '<script src="{}/relay.js"{}></script>'
-    return str(format_html(tag, escape(address.relay_url()), format_html_join("", ' {}="{}"', given)))
+    rendered: str = format_html(
+        '<script src="{}/relay.js"{}></script>',
+        escape(address.relay_url()),
+        format_html_join("", ' {}="{}"', given),
+    )
+    return rendered
 
 
-def _newest() -> Any:
+def _newest() -> str:
     try:
         return current_event_id()
     except BrokerError as exc:
