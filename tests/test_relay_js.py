@@ -483,3 +483,38 @@ def test_script_of_the_readme(kept_redis, running, browser, site):
     until(lambda: streams(relay) == 1, "connected", seconds=40)
     kept_redis.publish("orders", '{"total": "12.50"}', event="NEW_ORDER")
     until(lambda: page.evaluate("document.title") == "12.50", "the event")
+
+
+# Of a stream: how it begins, and events with every line end, in one of which a character has four bytes.
+BEGIN = ": sse-relay-server\nretry: 3000\nheartbeat: 15\nfolds: 0\nid: none\n\n"
+BLOCKS = (
+    "channel: {0}\rdata: a\rdata: b\r\rchannel: {0}\r\ndata: 🎉\r\nevent: named\r\n\r\n:\n\nchannel: {0}\ndata:c\n\n"
+)
+
+
+def test_parser_at_every_cut(kept_redis, running, tab):
+    """In whatever two pieces a stream's bytes come: what is read of them is the same."""
+    relay = running(kept_redis.environment)
+    before = f"""
+      fetch = async url => {{
+        const name = new URL(url).searchParams.get("channel"), cut = +name
+        const bytes = new TextEncoder().encode({json.dumps(BEGIN)} + {json.dumps(BLOCKS)}.replaceAll("{{0}}", name))
+        return new Response(new ReadableStream({{ async start(pieces) {{
+          if (cut) pieces.enqueue(bytes.slice(0, cut))
+          await new Promise(done => setTimeout(done))
+          pieces.enqueue(bytes.slice(cut))
+        }} }}))
+      }}
+    """
+    page = tab(relay.url, "/channel=0", before=before)
+    until(lambda: is_open(page), "the first is open", seconds=40)
+    cuts = len((BEGIN + BLOCKS.replace("{0}", "100")).encode())
+    # An id of the page's own shares no connection.
+    page.evaluate(f"""void (window.got = Array.from({{ length: {cuts} }}, (_, cut) => {{
+      const events = [], source = new RelaySource(`{relay.url}/channel=${{cut}}?last_event_id=own`)
+      for (const type of ["message", "named"]) source.addEventListener(type, e => events.push(type, e.data))
+      return events
+    }}))""")
+    expected = ["message", "a\nb", "named", "🎉", "message", "c"]
+    until(lambda: page.evaluate("got.every(events => events.length >= 6)"), "all are read")
+    assert page.evaluate("got") == [expected] * cuts

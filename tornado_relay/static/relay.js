@@ -25,7 +25,7 @@
   }
 
   class RelaySource extends EventTarget {
-    constructor(url, { withCredentials = false, share = true, token } = {}) {
+    constructor(url, { withCredentials = false, token } = {}) {
       if (!self.TextDecoderStream) {
         // It cannot read a stream by fetch().
         const source = new EventSource(url, { withCredentials })
@@ -36,15 +36,14 @@
       const { href, origin, pathname, searchParams } = new URL(url, document.baseURI)
       const [, path, last] = /(.*\/)(.*)/.exec(pathname)
       const channels = last == "events" ? searchParams.getAll("channel") : [decodeURIComponent(last.replace(/^channel=/, ""))]
-      const base = origin + path
-      this._key = `sse-relay ${base} ${withCredentials} `
-      this._saved = this._key + channels
-      const at = searchParams.get("last_event_id") || recall(this._saved)
-      const want = { id: Math.random(), channels, token: searchParams.get("token"), ...place(at) }
+      const base = origin + path, key = `sse-relay ${base} ${withCredentials} `, _saved = key + channels
+      const at = searchParams.get("last_event_id") || recall(_saved)
+      const _want = { id: Math.random(), channels, token: searchParams.get("token"), ...place(at) }
+      Object.assign(this, { url: href, withCredentials, readyState: 0, _origin: origin, _want, _saved, _refresh: token, _failures: 0 })
       // A place that cannot be compared with others' is nothing to share.
-      if (!share || !navigator.locks || !self.BroadcastChannel || (at && !want.n)) this._key += want.id
-      Object.assign(this, { url: href, withCredentials, readyState: 0, _origin: origin, _want: want, _refresh: token, _failures: 0 })
-      this._line = lines[this._key] ??= new Line(this._key, base, withCredentials, this._key.endsWith(" "))
+      const shared = navigator.locks && self.BroadcastChannel && (!at || _want.n)
+      this._line = (shared && lines[key]) || new Line(key, base, withCredentials, shared)
+      if (shared) lines[key] = this._line
       // Scripts of the page that listen are there by then.
       const begin = () => this._line.add(this)
       if (document.readyState == "loading") addEventListener("DOMContentLoaded", begin)
@@ -207,8 +206,7 @@
       for (const want of this.wants.values()) {
         if (taken.has(want.id)) continue
         const streams = [...this.streams]
-        const open = streams.find(stream => stream.covers(want)) ?? streams.find(stream => stream.fits(want))
-        const stream = open ?? new Stream(this)
+        const stream = streams.find(stream => stream.covers(want)) ?? streams.find(stream => stream.fits(want)) ?? new Stream(this)
         stream.add(want)
       }
     }
@@ -260,13 +258,12 @@
 
     add(want) {
       const { id, at, n, span } = want, { line, kept } = this
+      this.wants.set(id, want)
       if (this.covers(want)) {
-        this.wants.set(id, want)
         line.say({ state: 1, to: [id] })
         line.say({ events: n ? kept : [{ at: this.at, n: this.n }], to: [id] })
         return
       }
-      this.wants.set(id, want)
       // It goes on from the place that is furthest back.
       if (at && (!this.at || !n || n < this.n)) Object.assign(this, { at, n, span })
       this.again = true
@@ -368,7 +365,8 @@
   // A page that is loaded again goes on where it was left. Where there may be no storage, touching it is an error.
   function recall(saved) {
     try {
-      return document.readyState != "complete" && performance.getEntriesByType("navigation")[0].type == "reload" && sessionStorage[saved]
+      const [{ type }] = performance.getEntriesByType("navigation")
+      return document.readyState != "complete" && type == "reload" && sessionStorage[saved]
     } catch {}
   }
 
