@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 from urllib.parse import quote
@@ -11,7 +12,7 @@ import httpx
 import pytest
 from conftest import Kept
 from programs import program
-from relay import Relay, run
+from relay import ROOT, Relay, run
 from servers import accepts, free_port, until
 from test_readme import block
 
@@ -518,3 +519,44 @@ def test_parser_at_every_cut(kept_redis, running, tab):
     expected = ["message", "a\nb", "named", "🎉", "message", "c"]
     until(lambda: page.evaluate("got.every(events => events.length >= 6)"), "all are read")
     assert page.evaluate("got") == [expected] * cuts
+
+
+def test_types(tmp_path):
+    """They compile strictly, a RelaySource can stand where an EventSource does, and what is wrong is an error."""
+    npm, npx = program("npm"), program("npx")
+    subprocess.run(
+        [npm, "install", "--silent", "--no-audit", "--no-fund", "typescript@5"], cwd=tmp_path, check=True, timeout=180
+    )
+    shutil.copy(ROOT / "tornado_relay/static/relay.d.ts", tmp_path)
+    (tmp_path / "page.ts").write_text(
+        """
+        import { RelaySource, type StreamReset } from "./relay"
+
+        const source = new RelaySource("/channel=orders", { token: async () => (await fetch("/token/")).text() })
+        const show = (event: MessageEvent<string>) => JSON.parse(event.data).total
+        source.addEventListener("NEW_ORDER", show)
+        source.removeEventListener("NEW_ORDER", show)
+        source.addEventListener("stream-reset", (event) => (JSON.parse(event.data) as StreamReset).channels.length)
+        source.onmessage = (event) => event.data.length
+        source.onerror = () => source.readyState === RelaySource.CLOSED
+        const plain: EventSource = source
+        // @ts-expect-error: a token is text
+        new RelaySource("/channel=orders", { token: () => 1 })
+        // @ts-expect-error: there is no such option
+        new RelaySource("/channel=orders", { shared: true })
+        """
+    )
+    command = [
+        npx,
+        "tsc",
+        "--noEmit",
+        "--strict",
+        "--target",
+        "es2022",
+        "--moduleResolution",
+        "bundler",
+        "--module",
+        "esnext",
+    ]
+    done = subprocess.run([*command, "page.ts"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")

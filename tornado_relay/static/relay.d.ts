@@ -2,8 +2,6 @@
 export interface RelaySourceInit {
   /** Send cookies to a relay of another origin; as EventSource's. */
   withCredentials?: boolean
-  /** `false`: a connection of this source's own. Pages without Web Locks, which are those by plain http://, have one a tab. */
-  share?: boolean
   /**
    * Called when the relay does not, or no longer, accept the token (401). Returns a new one for the address' `token=`;
    * `undefined` where it has set a new cookie; `null` to give up, which closes the source. If it fails it is called again.
@@ -39,16 +37,18 @@ export class RelaySource extends EventTarget {
   readonly withCredentials: boolean
   readonly readyState: 0 | 1 | 2
 
-  onopen: ((this: RelaySource, event: Event) => void) | null
-  onmessage: ((this: RelaySource, event: MessageEvent<string>) => void) | null
+  onopen: ((event: Event) => void) | null
+  onmessage: ((event: MessageEvent<string>) => void) | null
   /** `readyState` says whether it tries again (CONNECTING) or has given up (CLOSED). */
-  onerror: ((this: RelaySource, event: Event) => void) | null
+  onerror: ((event: Event) => void) | null
 
   close(): void
 
   addEventListener(type: "open" | "error", listener: (event: Event) => void, options?: boolean | AddEventListenerOptions): void
   addEventListener(type: string, listener: (event: MessageEvent<string>) => void, options?: boolean | AddEventListenerOptions): void
   addEventListener(type: string, listener: EventListenerOrEventListenerObject | null, options?: boolean | AddEventListenerOptions): void
+  removeEventListener(type: string, listener: (event: MessageEvent<string>) => void, options?: boolean | EventListenerOptions): void
+  removeEventListener(type: string, listener: EventListenerOrEventListenerObject | null, options?: boolean | EventListenerOptions): void
 }
 
 export default RelaySource
