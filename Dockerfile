@@ -5,7 +5,7 @@ WORKDIR /src
 COPY setup.py pyproject.toml README.md sse_relay_server.py ./
 COPY tornado_relay tornado_relay
 RUN python3 -m venv /opt/sse-relay-server \
-    && /opt/sse-relay-server/bin/pip install --no-cache-dir --disable-pip-version-check ".[postgres,redis,jwt]" \
+    && /opt/sse-relay-server/bin/pip install --no-cache-dir --disable-pip-version-check ".[postgres,redis,jwt,metrics]" \
     && /opt/sse-relay-server/bin/pip uninstall --yes --quiet setuptools wheel pip
 
 FROM ${BASE}

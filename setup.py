@@ -18,6 +18,7 @@ EXTRAS["test"] = [
     *EXTRAS["postgres"],
     *EXTRAS["redis"],
     *EXTRAS["jwt"],
+    *EXTRAS["metrics"],
     *EXTRAS["django"],
     *EXTRAS["embedded"],
     "django-htmx>=1.29",  # htmx and its extension for streams, as files

@@ -5,9 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
-from servers import PATIENCE, until
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from servers import PATIENCE, free_port, until
 
 COMMAND = str(Path(sys.executable).with_name("sse-relay-server"))
 ROOT = Path(__file__).parent.parent
@@ -100,3 +103,32 @@ class Relay:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Watched:
+    """A relay with an admin listener."""
+
+    def __init__(self, relay, port):
+        self.relay = relay
+        self.url = f"http://127.0.0.1:{port}"
+
+    def status(self):
+        return httpx.get(f"{self.url}/status", timeout=PATIENCE).json()
+
+    def metrics(self, accept="", **query):
+        """What Prometheus would read: each sample's value, by name and labels."""
+        answer = httpx.get(f"{self.url}/metrics", headers={"Accept": accept}, params=query, timeout=PATIENCE)
+        answer.raise_for_status()
+        samples = (sample for family in text_string_to_metric_families(answer.text) for sample in family.samples)
+        return {(sample.name, *sample.labels.values()): sample.value for sample in samples}
+
+    def states(self):
+        """What there is at each place."""
+        return [(worker["number"], worker["state"]) for worker in self.status()["workers"]]
+
+
+@contextmanager
+def watched(tmp_path, *flags, workers=2, **environment):
+    port = free_port()
+    with Relay(tmp_path, "--workers", workers, "--admin-port", port, *flags, **environment) as relay:
+        yield Watched(relay, port)

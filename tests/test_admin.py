@@ -4,41 +4,17 @@ import json
 import os
 import signal
 import socket
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from pages import Page
 from programs import program
-from relay import COMMAND, Relay, run
+from relay import COMMAND, Relay, run, watched
 from servers import PATIENCE, free_port, until
 
 from tornado_relay import __version__
 from tornado_relay.status import CHANNELS, LARGEST
-
-
-class Watched:
-    """A relay with an admin listener."""
-
-    def __init__(self, relay, port):
-        self.relay = relay
-        self.url = f"http://127.0.0.1:{port}"
-
-    def status(self):
-        return httpx.get(f"{self.url}/status", timeout=PATIENCE).json()
-
-    def states(self):
-        """What there is at each place."""
-        return [(worker["number"], worker["state"]) for worker in self.status()["workers"]]
-
-
-@contextmanager
-def watched(tmp_path, *flags, workers=2, **environment):
-    port = free_port()
-    with Relay(tmp_path, "--workers", workers, "--admin-port", port, *flags, **environment) as relay:
-        yield Watched(relay, port)
-
 
 BOTH = [(0, "serving"), (1, "serving")]
 
@@ -168,7 +144,7 @@ def test_public_port_has_nothing_of_it(redis_server, tmp_path):
         with httpx.stream("GET", f"{relay.relay.url}/status") as answer:
             assert answer.headers["Content-Type"] == "text/event-stream"
         assert httpx.get(f"{relay.relay.url}/").status_code == 404
-        for path in ("/channel=x", "/x", "/events?channel=x", "/readyz", "/metrics", "/relay.js"):
+        for path in ("/channel=x", "/x", "/events?channel=x", "/readyz", "/relay.js"):
             assert httpx.get(relay.url + path, headers={"Accept": "text/event-stream"}).status_code == 404
         assert httpx.post(f"{relay.url}/status", content=b"{}").status_code == 405
         assert httpx.get(f"{relay.url}/healthz").text == "ok\n"

@@ -15,7 +15,7 @@ import httpx
 import jwt
 import pytest
 from pages import Page
-from relay import Relay, environment, run
+from relay import Relay, environment, run, watched
 from servers import free_port, until
 from test_readme import block
 
@@ -432,3 +432,13 @@ DJANGO = """
         print(server.server_port, user.pk, client.cookies["sessionid"].value, flush=True)
         server.serve_forever()
 """
+
+
+def test_refusals_are_counted(application, redis_server, tmp_path, pages):
+    """Where the application says no, and where it does not say, apart."""
+    environment = redis_server.environment | {"RELAY_AUTH_URL": application.url}
+    with watched(tmp_path, workers=1, **environment) as relay:
+        for channel, application.status in (("x", 403), ("y", 500)):
+            pages.open(relay.relay.port, [f"/channel={channel}"])
+        told = relay.metrics()
+        assert told["sse_relay_refusals_total", "application"] == told["sse_relay_refusals_total", "authority"] == 1

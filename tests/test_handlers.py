@@ -34,7 +34,7 @@ def relay(io_loop, settings, redis_url):
     hub = Hub()
 
     async def make():
-        reader = Reader(RedisListener(redis_url, hub.deliver), lambda again: None, lambda: None)
+        reader = Reader(RedisListener(redis_url, hub.deliver), hub.counts, lambda again: None, lambda: None)
         first = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(reader.run(first.set_result))
         await first

@@ -1,8 +1,10 @@
 import random
+import time
 
 import pytest
 
 from tornado_relay.brokers.message import Message
+from tornado_relay.counts import DELIVERIES, EVENTS, FANOUT, LATENCY, RESETS
 from tornado_relay.hub import TURN, Hub
 
 
@@ -379,7 +381,9 @@ def test_what_is_under_way_comes_before_a_change(turns, what):
     hub.deliver([Message("many", "1", "00000000-1", 1)])
     hub.heartbeat()
     assert many[-1].sent == [b":\n\n"]  # no id of what it does not have yet
-    {"hold_all": hub.hold_all, "reset": lambda: hub.reset("x")}.get(what, lambda: getattr(hub, what)(many[-1]))()
+    {"hold_all": hub.hold_all, "reset": lambda: hub.reset("broker-reconnect")}.get(
+        what, lambda: getattr(hub, what)(many[-1])
+    )()
     assert b"data: 1" in many[-1].sent[1]
     hub.deliver([Message("many", "2", "00000000-2", 2)])
     while turns:
@@ -397,7 +401,7 @@ def test_labelled_streams_are_counted(hub):
     for channel, number in hub.sizes():
         sizes[channel] = sizes.get(channel, 0) + number
     assert sizes == {"a": 4, "b": 2}
-    assert hub.counts.deliveries == 4
+    assert hub.counts.own(DELIVERIES) == 4
 
 
 def test_stream_that_is_ahead_keeps_its_labels():
@@ -410,3 +414,38 @@ def test_stream_that_is_ahead_keeps_its_labels():
     hub.deliver([Message("a", "4", "00000000-4", 4)])
     labelled = [b"channel: a\nseq: %d\nid: 00000000-%d\ndata: %d\n\n" % (number, number, number) for number in (3, 4)]
     assert sink.sent == labelled
+
+
+@pytest.mark.parametrize("streams", [1, 3, TURN, 2 * TURN + 5])
+def test_each_stream_is_timed_once(turns, streams):
+    """As written to, from when the events came from the broker; each pass once."""
+    hub = Hub(later=turns.append)
+    for _ in range(streams):
+        joined(hub, "a")
+    joined(hub, "a", "b")
+    hub.deliver([Message("a", "1"), Message("a", "2"), Message("nobody", "3")], time.monotonic() - 7)
+    while turns:
+        turns.run()
+    *latencies, seconds = hub.counts.cells(LATENCY)
+    assert sum(latencies) == latencies[LATENCY.bounds.index(10.0)] == streams + 1
+    assert 7 * (streams + 1) <= seconds
+    *passes, took = hub.counts.cells(FANOUT)
+    assert sum(passes) == 1 + (streams > TURN)
+    assert took < seconds
+    assert hub.counts.own(EVENTS) == 3
+    assert hub.counts.own(DELIVERIES) == 2 * (streams + 1)
+
+
+def test_resets_are_counted_by_reason(history):
+    """Each stream that is told of one, however it comes."""
+    joined(history, "a")
+    joined(history, "b")
+    history.hold(joined(history, "a", "b"))
+    history.deliver([kept(1), Message("a", "by hand"), Message("b", None, "00000000-2", 2)])
+    history.reset("broker-reconnect")
+    told = {reason: history.counts.own(RESETS, reason) for reason in RESETS.at}
+    assert {reason: number for reason, number in told.items() if number} == {
+        "not-kept": 1,
+        "unreadable-payload": 1,
+        "broker-reconnect": 3,
+    }

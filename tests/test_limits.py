@@ -18,10 +18,10 @@ def test_limit_holds_over_all_rows():
     tally = Tally(2)
     one, other = (Seats(tally, row, 3, 0) for row in range(2))
     assert [seats.take("1.1.1.1") for seats in (one, other, one)] == [None] * 3
-    assert "3 streams are taken" in other.take("1.1.1.2")
+    assert "3 streams are taken" in other.take("1.1.1.2").text
     one.release("1.1.1.1")
     assert other.take("1.1.1.2") is None
-    assert "RELAY_MAX_CONNECTIONS" in one.take("1.1.1.1")
+    assert "RELAY_MAX_CONNECTIONS" in one.take("1.1.1.1").text
 
 
 def test_limit_of_one_client():
@@ -29,7 +29,7 @@ def test_limit_of_one_client():
     tally = Tally(2)
     one, other = (Seats(tally, row, 0, 2) for row in range(2))
     assert [seats.take("1.1.1.1") for seats in (one, other)] == [None] * 2
-    assert "1.1.1.1 has 2 streams" in one.take("1.1.1.1")
+    assert "1.1.1.1 has 2 streams" in one.take("1.1.1.1").text
     assert other.take("1.1.1.2") is None
     assert [one.take("") for _ in range(5)] == [None] * 5
     other.release("1.1.1.1")

@@ -14,6 +14,7 @@ from relay import COMMAND, ROOT, Relay, environment, run
 from servers import execute, until
 
 from tornado_relay.cli import main
+from tornado_relay.counts import RESETS
 from tornado_relay.events import KEYS
 from tornado_relay.settings import FIELDS
 from tornado_relay.visit import MAX_CHANNELS
@@ -194,7 +195,8 @@ def test_page_whose_token_names_its_channels(redis_server, tmp_path, pages):
 def test_every_reason_of_a_stream_reset_is_explained():
     """And no other is."""
     sources = "".join(path.read_text() for path in (ROOT / "tornado_relay").glob("*.py"))
-    sent = re.findall(r'(?:stream_reset|reset|restart)\("([a-z-]+)"', sources)
+    sent = re.findall(r'(?:stream_reset|reset|restart|tell)\((?:stream, )?"([a-z-]+)"', sources)
+    assert set(sent) == set(RESETS.at)
     table = README[README.index("| reason |") :].partition("\n\n")[0]
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.MULTILINE)) == set(sent)
     inspector = (ROOT / "tornado_relay/static/inspector.html").read_text()

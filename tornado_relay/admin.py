@@ -25,12 +25,17 @@ class AdminHandler(RelayHandler):
     def _allow_origin(self) -> None:
         """Allow none."""
 
+    def count(self, *_: Any) -> None:
+        """Nobody publishes here, or asks for a stream."""
+
 
 class NothingHandler(AdminHandler):
     """Whatever has no address of its own: streams among them."""
 
     def prepare(self) -> None:
-        raise HTTPError(404, log_message="nothing here; this is the admin listener, with /, /status and /healthz")
+        raise HTTPError(
+            404, log_message="nothing here; this is the admin listener, with /, /metrics, /status and /healthz"
+        )
 
 
 class AdminHealthHandler(AdminHandler, HealthHandler):
@@ -44,6 +49,29 @@ class StatusHandler(AdminHandler):
         with self.relay.publishing():
             state = await self.peers.status()
         self.finish(state)
+
+    head = get
+
+
+class MetricsHandler(AdminHandler):
+    """The same for Prometheus; with ``?channels=1`` the largest channels by name too."""
+
+    async def get(self) -> None:
+        try:
+            # Only who is asked for it needs the memory.
+            from .metrics import Exposition  # noqa: PLC0415
+        except ModuleNotFoundError as exc:
+            raise HTTPError(501, "%s is not installed; install sse-relay-server[metrics]", exc.name) from exc
+        channels = None
+        if self.get_query_argument("channels", "") == "1":
+            with self.relay.publishing():
+                state = await self.peers.status()
+            channels = [(each["channel"], each["streams"]) for each in state["channels"]["largest"]]
+        rows = self.relay.hub.counts.ledger.rows()
+        exposition = Exposition(rows, self.peers.workers, self.relay.settings, channels)
+        text, content_type = exposition.text(self.request.headers.get("Accept", ""))
+        self.set_header("Content-Type", content_type)
+        self.finish(text)
 
     head = get
 
@@ -73,6 +101,7 @@ class AdminApplication(Application):
         super().__init__(
             [
                 (r"/", AdminPageHandler, shared),
+                (r"/metrics", MetricsHandler, shared),
                 (r"/status", StatusHandler, shared),
                 (r"/healthz", AdminHealthHandler, shared),
             ],

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
+import time
 from typing import NamedTuple
 from urllib.parse import urlencode
 
@@ -135,7 +136,7 @@ class Authority:
         raise self._failed(f"answered {status}, where 2xx lets in, and 401 and 403 refuse")
 
     def _failed(self, why: str) -> AuthorityUnavailable:
-        now = IOLoop.current().time()
+        now = time.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + QUIET_SECONDS
             log.warning("RELAY_AUTH_URL %s; pages are told to come back", why)

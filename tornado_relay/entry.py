@@ -15,8 +15,10 @@ from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPServerRequest
 from tornado.web import HTTPError
 
 from .access import Grant
+from .counts import REFUSED
+from .refusal import NotNow
 from .relay import Relay
-from .visit import NotNow, Visit
+from .visit import Visit
 
 MAX_HEAD = 8192
 
@@ -82,8 +84,8 @@ class Entry:
         try:
             with self._relay.opening():
                 opened = await visit.open(grant, lambda: connection)
-        except (NotNow, asyncio.CancelledError):
-            self._relay.hub.counts.refused += 1
+        except (NotNow, asyncio.CancelledError) as exc:
+            self._relay.hub.counts.add(REFUSED, exc.reason if isinstance(exc, NotNow) else "draining")
             try:
                 connection.send(self._relay.come_back(origin), socket.MSG_DONTWAIT)
             except OSError:

@@ -11,6 +11,8 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
 from . import __version__, access
+from .counts import PUBLISHES, REFUSED
+from .refusal import Refusal
 from .relay import Relay
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,7 @@ class RelayHandler(RequestHandler):
 
     def prepare(self) -> None:
         if not self.relay.origins.admits(self.origin):
-            raise HTTPError(
-                403, reason="Forbidden", log_message="pages of this origin may not connect; see ALLOWED_ORIGINS"
-            )
+            raise Refusal(403, "origin", "pages of this origin may not connect; see ALLOWED_ORIGINS")
         self._allow_origin()
 
     def _allow_origin(self) -> None:
@@ -44,13 +44,19 @@ class RelayHandler(RequestHandler):
             self.set_header(name, value)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        if status_code in (401, 403):
-            self.relay.hub.counts.refused += 1
+        self.count(status_code, kwargs.get("exc_info", (None, None))[1])
         told = self.told(status_code, **kwargs)
         if self.request.method == "POST":
             self.set_header("Content-Type", "application/json")
             told = json.dumps({"error": told} | ({"field": self.field} if self.field else {}))
         self.finish(f"{told}\n")
+
+    def count(self, status_code: int, error: BaseException | None) -> None:
+        """Count an error as what it is: of a publisher, or of one who wanted a stream."""
+        if self.request.method == "POST":
+            self.relay.hub.counts.add(PUBLISHES, "failed" if status_code >= 500 else "refused")
+        elif isinstance(error, Refusal):
+            self.relay.hub.counts.add(REFUSED, error.refused_for)
 
     def told(self, status_code: int, **kwargs: Any) -> str:
         """Return what an error's answer says, and set the headers that it has."""

@@ -2,80 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import monotonic
 
 from . import events
 from .brokers.message import Message
-from .counts import Counts
+from .counts import RESETS, Counts, Ledger
+from .passes import TURN, MixedPass, Pass, Passes, Sink, Times
 
 # Channels whose events no history keeps are remembered, so that a stream on them that was away is told; this many.
 MAX_UNKEPT = 10_000
 
-TURN = 256
-"""Streams that are sent to without a break: more of them would keep the events of all other channels waiting."""
-
 BEATS = 240
 """Heartbeats that are told apart: a small number is an object that all share."""
-
-
-class Sink(Protocol):
-    """What the hub delivers to: one open stream."""
-
-    channels: tuple[str, ...]
-    """The channels that its page asked for."""
-    audible: tuple[str, ...]
-    """Those, and their twins: the channels whose events it gets."""
-    position: int
-    """The place in the history up to which it has everything; 0 without one."""
-    labels: bool
-    """Whether it is told of which channel each event is; see `events.label`."""
-    beat: int
-    """Which of the heartbeats is its; set by the hub."""
-
-    def send(self, data: bytes) -> None:
-        """Write ``data`` or queue it; never raises and never blocks."""
-
-
-class _Pass:
-    """What a channel's streams are still to be sent."""
-
-    __slots__ = ("_frames", "_pairs", "_sinks", "additions")
-
-    def __init__(self, sinks: list[Sink], frames: list[bytes], additions: int) -> None:
-        self._sinks = sinks
-        self._frames = frames
-        # See `Hub`.
-        self.additions = additions
-        self._pairs: Iterator[tuple[Sink, bytes]] | None = None
-
-    def extend(self, frames: list[bytes]) -> bool:
-        """Take ``frames`` in as well, so that they go out in one write; return False if it has begun."""
-        if self._pairs is None:
-            self._frames += frames
-        return self._pairs is None
-
-    def turn(self) -> bool:
-        """Send to the next `TURN` streams, and return whether all have been sent to."""
-        if self._pairs is None:
-            self._pairs = zip(self._sinks, itertools.repeat(b"".join(self._frames)), strict=False)
-        number = 0
-        for sink, data in itertools.islice(self._pairs, TURN):
-            sink.send(data)
-            number += 1
-        return number < TURN
-
-
-class _MixedPass(_Pass):
-    """The same for streams on several channels, each of which gets its own."""
-
-    __slots__ = ()
-
-    def __init__(self, own: dict[Sink, list[bytes]], additions: int) -> None:
-        super().__init__([], [], additions)
-        self._pairs = ((sink, b"".join(frames)) for sink, frames in own.items())
 
 
 class Hub:
@@ -92,15 +31,16 @@ class Hub:
     up to date, and then *joins*.
     """
 
-    def __init__(self, *, history: bool = False, later: Callable[[Callable[[], None]], object] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        history: bool = False,
+        later: Callable[[Callable[[], None]], object] | None = None,
+        counts: Counts | None = None,
+    ) -> None:
         self.history = history
-        self.counts = Counts()
-        self._later = later
-        # What is still to be sent, by channel and whether with labels, and under None for streams on several; in each
-        # the oldest pass first.
-        self._passes: dict[tuple[str, bool] | None, deque[_Pass]] = {}
-        # Whether they are to go on; a call is on its way then, also if there is nothing left for it.
-        self._due = False
+        self.counts = counts or Counts(Ledger(1), 0)
+        self._passes = Passes(self.counts, later)
         # How often a stream has been put anywhere: what is delivered later is not for the same ones.
         self._additions = 0
         # The last message that was delivered of those that a history keeps, by number and by id.
@@ -200,13 +140,21 @@ class Hub:
         self._recording = {channel: [] for channel in channels}
         return self._recording
 
-    def deliver(self, messages: Iterable[Message]) -> None:
-        """Send a batch of messages, each encoded once for all its streams."""
+    def deliver(self, messages: Sequence[Message], arrived: float | None = None) -> None:
+        """
+        Send a batch of messages, each encoded once for all its streams.
+
+        Args:
+            messages: In the order of the broker.
+            arrived: When they came from it, by `time.monotonic`; now, if that is not known.
+
+        """
+        began = monotonic()
+        deliveries = size = 0
         shared: dict[tuple[str, bool], list[bytes]] = {}
         own: dict[Sink, list[bytes]] = {}
         for message in messages:
             channel, seq = message.channel, message.seq
-            self.counts.events += 1
             if self.history:
                 self._note(message, own)
             solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
@@ -216,8 +164,7 @@ class Hub:
                 continue
             frame = self._frame(message)
             with_label = events.label(channel, seq) + frame if self._labels else frame
-            # Here, for all its streams: sending is what happens most often.
-            self.counts.deliver(len(solo or ()) + len(labelled or ()) + len(mixed or ()), len(frame))
+            streams = len(solo or ()) + len(labelled or ()) + len(mixed or ())
             if recording is not None:
                 recording.append((seq, frame))
             if solo is not None:
@@ -229,59 +176,49 @@ class Hub:
             for sink in ahead or ():
                 if not seq or seq > sink.position:
                     own.setdefault(sink, []).append(with_label if sink.labels else frame)
-                    self.counts.deliver(1, len(frame))
-        self._send(shared, own)
+                    streams += 1
+            deliveries += streams
+            size += streams * len(frame)
+            if message.payload is None:
+                self.counts.add(RESETS, "unreadable-payload", streams)
+        # Here, for all streams of a batch: sending is what happens most often.
+        self.counts.deliver(len(messages), deliveries, size)
+        self._send(shared, own, (began if arrived is None else arrived, began))
         if self._ahead:
             self._settle()
 
     def finish(self) -> None:
         """Send now all that has given way."""
-        while self._passes:
-            self._turn()
+        self._passes.finish()
 
-    def _send(self, shared: dict[tuple[str, bool], list[bytes]], own: dict[Sink, list[bytes]]) -> None:
+    def tell(self, sink: Sink, reason: str, channels: tuple[str, ...]) -> None:
+        """Tell a stream that it may have missed events on ``channels``."""
+        sink.send(events.stream_reset(reason, channels))
+        self.counts.add(RESETS, reason)
+
+    def _send(self, shared: dict[tuple[str, bool], list[bytes]], own: dict[Sink, list[bytes]], times: Times) -> None:
+        sent = 0
         for key, frames in shared.items():
             channel, labels = key
             sinks = (self._labelled if labels else self._solo).get(channel, {})
-            passes = self._passes.get(key)
-            if passes and passes[-1].additions == self._additions and passes[-1].extend(frames):
+            if self._passes.extend(key, frames, self._additions):
                 continue
-            if len(sinks) > TURN or passes:
+            if len(sinks) > TURN or key in self._passes:
                 # Those that are there now: whoever comes meanwhile comes behind this event.
-                self._pass(key, _Pass(list(sinks), frames, self._additions))
+                self._passes.add(key, Pass(list(sinks), frames, self._additions, times))
             else:
                 data = b"".join(frames)
                 for sink in list(sinks):
                     sink.send(data)
+                sent += len(sinks)
         if len(own) > TURN or None in self._passes:
-            self._pass(None, _MixedPass(own, self._additions))
+            self._passes.add(None, MixedPass(own, self._additions, times))
         else:
             for sink, frames in own.items():
                 sink.send(b"".join(frames))
-
-    def _pass(self, key: tuple[str, bool] | None, what: _Pass) -> None:
-        self._passes.setdefault(key, deque()).append(what)
-        if self._later is None:
-            self.finish()
-        elif not self._due:
-            self._due = True
-            self._later(self._go_on)
-
-    def _go_on(self) -> None:
-        if self._passes:
-            self._turn()
-        self._due = bool(self._passes)
-        if self._due and self._later:
-            self._later(self._go_on)
-
-    def _turn(self) -> None:
-        """Send the oldest pass of one channel to so many streams, and let the other channels have theirs first then."""
-        key = next(iter(self._passes))
-        passes = self._passes.pop(key)
-        if passes[0].turn():
-            passes.popleft()
-        if passes:
-            self._passes[key] = passes
+            sent += len(own)
+        if sent:
+            self.counts.sent(sent, times, whole=True)
 
     def heartbeat(self, part: int = 0, parts: int = 1) -> None:
         """
@@ -299,7 +236,7 @@ class Hub:
         """Tell every stream that it may have missed events, and on which of its channels."""
         self.finish()
         for sink in self:
-            sink.send(events.stream_reset(reason, sink.channels))
+            self.tell(sink, reason, sink.channels)
 
     def restart(self, reason: str, position: int) -> None:
         """Tell every stream so, and put all at ``position``: what they had before is of another history."""
@@ -326,6 +263,7 @@ class Hub:
             self._note_unkept(message.channel)
             for sink in self._held.get(message.channel, ()):
                 own.setdefault(sink, []).append(events.stream_reset("not-kept", (message.channel,)))
+                self.counts.add(RESETS, "not-kept")
 
     def _frame(self, message: Message) -> bytes:
         if message.payload is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import mmap
 import resource
+from typing import NamedTuple
 
 # Counters for addresses in a row. An address has two of them, shared with others, and its count is the smaller one: it
 # is never less than the true one, and seldom more (a count-min sketch).
@@ -57,6 +58,14 @@ class Tally:
         self._free.append(row)
 
 
+class Full(NamedTuple):
+    """Why there is no room for a stream."""
+
+    reason: str
+    """As `counts.REFUSED` has it."""
+    text: str
+
+
 class Seats:
     """
     The streams of one worker, as far as there is room for them.
@@ -78,7 +87,7 @@ class Seats:
         self._limit_per_client = limit_per_client
         self._limit_here = limit_here
 
-    def take(self, client: str) -> str | None:
+    def take(self, client: str) -> Full | None:
         """
         Count a stream from the address ``client``, and return None; or return why there is no room for it.
 
@@ -88,15 +97,16 @@ class Seats:
         self._add(client, 1)
         if self._limit and self._sum(0) > self._limit:
             self._add(client, -1)
-            return f"all {self._limit} streams are taken (RELAY_MAX_CONNECTIONS)"
+            return Full("full", f"all {self._limit} streams are taken (RELAY_MAX_CONNECTIONS)")
         if self._limit_here and self._counters[self._own] > self._limit_here:
             self._add(client, -1)
-            return f"the worker has descriptors for {self._limit_here} streams (LimitNOFILE, ulimit -n)"
+            text = f"the worker has descriptors for {self._limit_here} streams (LimitNOFILE, ulimit -n)"
+            return Full("descriptors", text)
         if self._limit_per_client and client:
             first, second = _cells(client)
             if min(self._sum(first), self._sum(second)) > self._limit_per_client:
                 self._add(client, -1)
-                return f"{client} has {self._limit_per_client} streams (RELAY_MAX_CONNECTIONS_PER_IP)"
+                return Full("address", f"{client} has {self._limit_per_client} streams (RELAY_MAX_CONNECTIONS_PER_IP)")
         return None
 
     def release(self, client: str) -> None:

@@ -32,6 +32,11 @@ class Peers:
         self._admin = admin
         self._tell = tell
 
+    @property
+    def workers(self) -> int:
+        """How many there should be."""
+        return self._admin.workers
+
     async def start(self) -> None:
         """
         Answer the others from now on.

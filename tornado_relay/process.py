@@ -44,6 +44,8 @@ class Process:
         self.drain_seconds = drain_seconds
         self.started = time.monotonic()
         self.ready = False
+        # Whether it is killed for a loop that does not turn.
+        self.stuck = False
         # Where it counts its streams, see `limits.Tally`.
         self.row = -1
         # Why it cannot serve, in its own words.

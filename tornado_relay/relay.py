@@ -19,6 +19,7 @@ from .intake import Intake
 from .limits import Seats, descriptor_limit, shares
 from .packing import Packer, accepts_gzip
 from .poller import Poller
+from .refusal import NotNow
 from .replay import Replay
 from .settings import Settings
 from .tokens import keys_of
@@ -75,6 +76,17 @@ class Relay:
         if self.draining:
             return "the worker is draining"
         return f"{self.reader.name}: {self.reader.trouble}" if self.reader.trouble else None
+
+    def check(self) -> None:
+        """
+        Do nothing if a stream can be opened now.
+
+        Raises:
+            NotNow: If not.
+
+        """
+        if trouble := self.trouble:
+            raise NotNow("draining" if self.draining else "broker", trouble)
 
     def packer(self, request: HTTPServerRequest) -> Packer | None:
         """Return how a stream for ``request`` is put on the wire; None where the end of the connection must end it."""

@@ -15,12 +15,13 @@ import asyncio
 import logging
 from typing import NamedTuple, Protocol, cast
 
-from . import events
+from .counts import HISTORY_FAILURES, REPLAYED
 from .errors import BrokerError, BrokerRefused, BrokerUnavailable
 from .history import History
 from .history.page import FramedPage, Frames, Part, part
 from .history.spans import EARLIEST, Cursor, Spans, parse
-from .hub import Hub, Sink
+from .hub import Hub
+from .passes import Sink
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Replay:
     def admit(self, stream: Stream, *, behind: bool) -> None:
         """Let ``stream`` in, which has been opened and subscribed; one that is ``behind`` gets what it missed first."""
         if behind and (missed := self._hub.missed_unkept(stream)):
-            stream.send(events.stream_reset("not-kept", missed))
+            self._hub.tell(stream, "not-kept", missed)
         if behind or not self.connected or self._spans is None:
             self._hub.hold(stream)
             self._wait_for_turn(stream)
@@ -184,7 +185,7 @@ class Replay:
         # There may have been more of those that no history keeps.
         for stream in self._behind:
             if missed := tuple(channel for channel in stream.audible if channel in self._hub.unkept):
-                stream.send(events.stream_reset("broker-reconnect", missed))
+                self._hub.tell(stream, "broker-reconnect", missed)
         self._work.set()
 
     # The work.
@@ -198,6 +199,7 @@ class Replay:
                 try:
                     await (self._open() if self._spans is None or self._reopen else self._turn())
                 except BrokerError as exc:
+                    self._hub.counts.add(HISTORY_FAILURES)
                     log.warning("the history cannot be read, next try in %.1f s: %s", RETRY_SECONDS, exc)
                     self._answer(exc)
                     self._start_over()
@@ -247,6 +249,7 @@ class Replay:
             if not streams:
                 raise
             # What one stream asks for must not keep the others from theirs.
+            self._hub.counts.add(HISTORY_FAILURES)
             log.warning("the history cannot be read for %d streams: %s", len(streams), exc)
             self._alone = max(self._alone, len(streams))
             if len(streams) == 1 and begun == self.state():
@@ -328,9 +331,10 @@ class Replay:
         if given.gaps:
             stream.told = {**stream.told, **given.gaps}
         if gaps and stream.position >= 0:  # one that takes what there is misses nothing
-            stream.send(events.stream_reset("pruned-id", gaps))
+            self._hub.tell(stream, "pruned-id", gaps)
         if given.data:
             stream.send(given.data)
+            self._hub.counts.add(REPLAYED, number=len(given.data))
         stream.position = given.position
         if given.complete and stream in self._hub:
             self._hub.join(stream)
@@ -343,7 +347,7 @@ class Replay:
         # The reset covers all up to now, and from now on it is live.
         del self._behind[stream]
         stream.position = self._head.seq if self._head else 0
-        stream.send(events.stream_reset("unreadable-history", stream.audible))
+        self._hub.tell(stream, "unreadable-history", stream.audible)
         self._hub.join(stream)
 
     def _wait_for_turn(self, stream: Stream) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ class Arrival:
         self._waiting = waiting
         self._arrived = arrived
         poller.watch(connection.fileno(), self)
-        waiting.add(self, IOLoop.current().time(), self.close)
+        waiting.add(self, time.monotonic(), self.close)
 
     def readable(self) -> None:
         """See `poller.Watcher`."""
@@ -104,7 +105,7 @@ class Server(HTTPServer):
     def start_request(self, server_conn: Any, request_conn: Any) -> HTTPMessageDelegate:
         """See `tornado.httputil.HTTPServerConnectionDelegate`."""
         if not server_conn.stream.closed():  # Tornado looks for the next request of a closed one too
-            self._waiting.add(server_conn, IOLoop.current().time(), server_conn.stream.close)
+            self._waiting.add(server_conn, time.monotonic(), server_conn.stream.close)
         return super().start_request(server_conn, request_conn)
 
     def on_close(self, server_conn: object) -> None:
@@ -153,7 +154,7 @@ class Server(HTTPServer):
 
     def _no_room(self, error: OSError) -> None:
         """Make room at the cost of those who wait, or else leave new connections in the kernel's backlog for a while."""
-        now = IOLoop.current().time()
+        now = time.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + QUIET_SECONDS
             log.error("a connection cannot be accepted: %s", error)

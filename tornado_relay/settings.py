@@ -43,7 +43,7 @@ class Settings:
     )
     admin_host: str = _setting("RELAY_ADMIN_HOST", "127.0.0.1", values.text, "address of the admin listener")
     admin_port: int = _setting(
-        "RELAY_ADMIN_PORT", 0, values.port, "TCP port of the admin listener: a page at /, /status; 0 is none"
+        "RELAY_ADMIN_PORT", 0, values.port, "TCP port of the admin listener: a page at /, /status, /metrics; 0 is none"
     )
     workers: int = _setting(
         "RELAY_WORKERS", 0, values.number(0, 1024, "a number of workers"), "worker processes; 0 is one per core"

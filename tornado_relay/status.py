@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import Any
 
 from . import __version__
+from .counts import BYTES, CLOSED, DELIVERIES, EVENTS, OPENED, REFUSED
 from .relay import Relay
 
 LARGEST = 100
@@ -20,7 +21,15 @@ LARGEST = 100
 # In a line: whoever writes or reads one keeps the loop for some tenths of a millisecond.
 CHANNELS = 500
 
-SUMS = ("streams", "opened", "closed", "cut", "refused", "events", "deliveries", "bytes")
+_COUNTED = {
+    "opened": OPENED,
+    "closed": CLOSED,
+    "refused": REFUSED,
+    "events": EVENTS,
+    "deliveries": DELIVERIES,
+    "bytes": BYTES,
+}
+SUMS = ("streams", "cut", *_COUNTED)
 """What is added up over all workers."""
 
 
@@ -66,7 +75,8 @@ def tell(relay: Relay, number: int, began: float) -> Iterator[bytes]:
         "state": "draining" if relay.draining else "serving",
         "uptime": time.monotonic() - began,
         "streams": len(relay.hub),
-        **{name: getattr(counts, name) for name in SUMS[1:]},
+        "cut": counts.own(CLOSED, "cut"),
+        **{name: counts.own(metric) for name, metric in _COUNTED.items()},
         "lag_ms": counts.lag * 1000,
         "broker": {
             "kind": relay.settings.broker[0] if relay.settings.broker else None,

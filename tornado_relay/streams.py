@@ -14,11 +14,13 @@ from tornado.web import HTTPError
 
 from . import access
 from .access import UNIX
+from .counts import PUBLISHES, REFUSED
 from .errors import BrokerError, EventError, PayloadTooLarge
 from .handlers import RelayHandler
 from .intake import Intake
+from .refusal import NotNow
 from .relay import RETRY, Relay
-from .visit import NotNow, Visit, bearer, channels_of
+from .visit import Visit, bearer, channels_of
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +60,10 @@ class StreamHandler(RelayHandler):
         """Call ``answer``, which returns whether it has opened a stream, if there is room for one, and until a drain."""
         relay, opened = self.relay, False
         try:
-            if trouble := relay.trouble:
-                raise NotNow(trouble)
+            relay.check()
             visit.take_seat()
         except NotNow as exc:
-            self._refuse_softly(str(exc))
+            self._refuse_softly(exc)
             return
         relay.waiting.discard(self.request.server_connection)
         self._opening = asyncio.current_task()
@@ -70,10 +71,10 @@ class StreamHandler(RelayHandler):
             with relay.opening():
                 opened = await answer()
         except NotNow as exc:
-            self._refuse_softly(str(exc))
+            self._refuse_softly(exc)
         except asyncio.CancelledError:
             if not self.gone:
-                self._refuse_softly(str(relay.trouble))
+                self._refuse_softly(NotNow("draining", str(relay.trouble)))
         finally:
             self._opening = None
             if not opened:
@@ -104,6 +105,7 @@ class StreamHandler(RelayHandler):
             raise HTTPError(
                 503, log_message="the worker is stopping; the event may have been published or not"
             ) from exc
+        self.relay.hub.counts.add(PUBLISHES, "accepted")
         self.clear_header("Content-Type")
         self.set_status(202)
 
@@ -121,11 +123,11 @@ class StreamHandler(RelayHandler):
         stream.close()
         return connection
 
-    def _refuse_softly(self, why: str) -> None:
+    def _refuse_softly(self, why: NotNow) -> None:
         # EventSource gives up for good on any status but 200 (HTML standard, "fail the connection"),
         # so it is told to come back by a stream that ends at once.
         log.debug("stream refused: %s", why)
-        self.relay.hub.counts.refused += 1
+        self.relay.hub.counts.add(REFUSED, why.reason)
         if "text/event-stream" in self.request.headers.get("Accept", ""):
             whole = self.request.method == "GET"
             self.answer_and_close(self.relay.come_back(self.origin) if whole else self.relay.head(self.origin))

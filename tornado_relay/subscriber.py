@@ -24,9 +24,6 @@ MAX_UNREAD = 4096
 # Pieces that one system call takes; the kernel's limit is 1,024 (IOV_MAX).
 PIECES = 64
 
-CUT = "cut: it read too slowly"
-"""Why the stream of a slow reader ended."""
-
 _NOTHING: dict[str, int] = {}
 
 
@@ -70,7 +67,7 @@ class Subscriber:
         self.audible = audible
         self.address = address
         self.labels = labels
-        # The loop's time at which the stream is to end, if it has to.
+        # When the stream is to end, by `time.monotonic`, if it has to.
         self.ends_at = ends_at
         self.on_close = on_close
         # See `hub.Sink`.
@@ -91,8 +88,8 @@ class Subscriber:
         self._drained: asyncio.Future[None] | None = None
         # How what is sent is put on the wire; None for a client of HTTP/1.0, for which it goes as it is.
         self.packer: Packer | None = None
-        # Why the stream was closed from our side, for the log.
-        self.reason = "closed by the client"
+        # Why it ended, as `counts.CLOSED` has it.
+        self.reason = "client"
 
     def open(self, connection: socket.socket, poller: Poller, head: bytes, buffer: int, now: float) -> None:
         """
@@ -147,7 +144,7 @@ class Subscriber:
 
     def cut(self) -> None:
         """End the stream of a reader that does not keep up, so that it costs no other stream anything."""
-        self.reason = CUT
+        self.reason = "cut"
         log.info("cutting a slow reader: %s", self)
         self._close()
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from .brokers.backoff import Backoff
+from .counts import PID, RELOADS, RESTARTS, Counts, Ledger
 from .errors import SettingsError
 from .limits import Seats, Tally, descriptor_limit, shares
 from .process import SIGNALS, Process, died
@@ -77,6 +78,9 @@ class Supervisor:
         self.address = ", ".join(shown(listener) for listener in sockets[0])
         # What the workers count. While one is replaced there are two, and of each some may take long to end.
         self.tally = Tally(4 * len(sockets))
+        self.ledger = Ledger(self.tally.rows + 1)
+        # What this process counts, behind the rows of the others.
+        self.counts = Counts(self.ledger, self.tally.rows)
         # Each with the slot that it was started for.
         self.processes: dict[int, tuple[Process, Slot]] = {}
 
@@ -166,17 +170,24 @@ class Supervisor:
         row = self.tally.take_row()
         current, (here, _) = self.settings, shares(descriptor_limit())
         seats = Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
+        counts = Counts(self.ledger, row)
+        counts.begin(slot.number)
         admin = self.admin and dataclasses.replace(self.admin, number=slot.number)
-        run = partial(self.run_worker, self.settings, slot.sockets, seats, admin=admin)
+        run = partial(self.run_worker, self.settings, slot.sockets, seats, counts=counts, admin=admin)
         try:
             process = Process(run, close, self.settings.drain_seconds)
         except OSError:
-            self.tally.free_row(row)
+            self._free(row)
             raise
         process.row = row
+        counts.set(PID, process.pid)
         self.processes[process.pid] = process, slot
         log.debug("worker %d forked as %d", slot.number, process.pid)
         return process
+
+    def _free(self, row: int) -> None:
+        Counts(self.ledger, row).end()
+        self.tally.free_row(row)
 
     def _serves(self, process: Process, slot: Slot) -> None:
         if process is slot.replacement:
@@ -208,7 +219,7 @@ class Supervisor:
         if process.pipe >= 0:
             process.read_report()
         process.close()
-        self.tally.free_row(process.row)
+        self._free(process.row)
         if self.admin:
             self.admin.path(slot.number, process.pid).unlink(missing_ok=True)
         if process is slot.replacement:
@@ -228,6 +239,7 @@ class Supervisor:
             return
         if slot.replacement:  # the reload under way fills the place
             return
+        self.counts.add(RESTARTS, "stuck" if process.stuck else "died" if process.ready else "failed")
         now = time.monotonic()
         if process.ready and now - process.started >= HEALTHY_SECONDS:
             slot.backoff.reset()
@@ -263,6 +275,7 @@ class Supervisor:
         for process, slot in self.processes.values():
             if why := process.overdue(now, self._steady_since):
                 log.error("worker %d (%d) %s, killing it", slot.number, process.pid, why)
+                process.stuck = True
                 process.send(signal.SIGKILL)
 
     # Reload.
@@ -277,6 +290,7 @@ class Supervisor:
         try:
             fresh = self.reload()
         except SettingsError as exc:
+            self.counts.add(RELOADS, "failed")
             log.error("reload refused, the old settings stay: %s", exc)
             return
         kept = {name: getattr(self.settings, name) for name in _FIXED}
@@ -302,10 +316,12 @@ class Supervisor:
         if self._reloading:
             self._replace()
         else:
+            self.counts.add(RELOADS, "done")
             log.info("reloaded")
             self._end_reload()
 
     def _reload_failed(self, why: str) -> None:
+        self.counts.add(RELOADS, "failed")
         log.error("reload stopped, the old workers and settings stay: %s", why)
         self.settings = self._settings_before
         self._end_reload()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from . import events
+from .counts import HISTORY_FAILURES
 from .errors import BrokerError
 from .history import History
 from .hub import Hub
@@ -56,6 +57,7 @@ class Upkeep:
                 while replay.connected and replay.active and await self._history.prune():
                     await asyncio.sleep(PRUNE_PAUSE)
             except BrokerError as exc:
+                self._hub.counts.add(HISTORY_FAILURES)
                 log.warning("the history cannot be looked after: %s", exc)
 
     async def _move_on(self) -> None:

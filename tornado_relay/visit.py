@@ -9,28 +9,32 @@ import time
 from collections.abc import Callable
 
 from tornado.httputil import HTTPServerRequest
-from tornado.ioloop import IOLoop
-from tornado.web import HTTPError
 
 from . import channels, events
 from .access import EVERYBODY, UNIX, Grant, joined
 from .authority import REFUSALS, Question
+from .counts import CLOSED, OPENED, REPLAYS, RESETS, STREAMS
 from .errors import AuthorityUnavailable, BrokerError, ChannelError, TokenError
 from .limits import network_of
+from .refusal import NotNow, Refusal
 from .relay import RETRY, Relay
-from .subscriber import CUT, Subscriber
+from .subscriber import Subscriber
 
 log = logging.getLogger(__name__)
 
 MAX_CHANNELS = 100
 """Channels of one stream."""
 
+# For the log.
+ENDS = {
+    "client": "closed by the client",
+    "cut": "cut: it read too slowly",
+    "expired": "its time was up",
+    "drain": "the worker is stopping",
+}
+
 # The id of streams that no history can bring up to date: one that comes back with it is told so.
 NO_HISTORY = "none"
-
-
-class NotNow(Exception):
-    """A stream cannot be opened at the moment; the text says why."""
 
 
 class Visit:
@@ -44,7 +48,7 @@ class Visit:
         peer: The address that the connection is from, or `access.UNIX`.
 
     Raises:
-        HTTPError: 400, if it does not ask for channels that there can be.
+        Refusal: 400, if it does not ask for channels that there can be.
 
     """
 
@@ -64,7 +68,7 @@ class Visit:
         Return what the client's token, or its tokens together, let it listen to.
 
         Raises:
-            HTTPError: 401 without a token, or with one that does not count; 403 if they do not cover all that is asked
+            Refusal: 401 without a token, or with one that does not count; 403 if they do not cover all that is asked
                 for.
 
         """
@@ -75,18 +79,16 @@ class Visit:
         single = (cookie and cookie.value) or bearer(self._request)
         tokens = {single} if single else {token for token in _queried(self._request, "token") if token}
         if not tokens:
-            raise HTTPError(
-                401, log_message="no token; send one as cookie relay_token, Authorization: Bearer, or ?token="
-            )
+            raise Refusal(401, "token", "no token; send one as cookie relay_token, Authorization: Bearer, or ?token=")
         if len(tokens) > MAX_CHANNELS:
-            raise HTTPError(400, "%d tokens; a stream takes at most %d", len(tokens), MAX_CHANNELS)
+            raise Refusal(400, "request", "%d tokens; a stream takes at most %d", len(tokens), MAX_CHANNELS)
         try:
             grant = joined([self._relay.keys.grant(token) for token in tokens])
         except TokenError as exc:
-            raise HTTPError(401, "%s", exc) from exc
+            raise Refusal(401, "token", "%s", exc) from exc
         for name in self.channels:
             if not grant.allows(name):
-                raise HTTPError(403, "the token does not cover the channel %s", name)
+                raise Refusal(403, "channel", "the token does not cover the channel %s", name)
         return grant
 
     async def admit(self) -> Grant:
@@ -94,7 +96,7 @@ class Visit:
         Return what the client may listen to beside what it asks for; ask the application, if that has a say.
 
         Raises:
-            HTTPError: 401 or 403, if it may not have what it asks for.
+            Refusal: 401 or 403, if it may not have what it asks for.
             NotNow: If the application does not say.
 
         """
@@ -109,9 +111,9 @@ class Visit:
         try:
             status = await self._relay.authority.ask(question)
         except AuthorityUnavailable as exc:
-            raise NotNow(str(exc)) from exc
+            raise NotNow("authority", str(exc)) from exc
         if status in REFUSALS:
-            raise HTTPError(status, log_message="the application does not let this client listen here")
+            raise Refusal(status, "application", "the application does not let this client listen here")
         # It was not asked for the twins of these channels.
         return Grant([], grant.expires_at)
 
@@ -124,7 +126,7 @@ class Visit:
 
         """
         if full := self._relay.seats.take(_client(self.address)):
-            raise NotNow(full)
+            raise NotNow(*full)
 
     def leave(self) -> None:
         """End what `take_seat` counted."""
@@ -150,19 +152,19 @@ class Visit:
         try:
             known = await reader.subscribe(subscriber.audible)
         except BrokerError as exc:
-            raise NotNow(f"{reader.name}: {exc}") from exc
+            raise NotNow("broker", f"{reader.name}: {exc}") from exc
         opened = False
         try:
             last = await self._last_position(subscriber.audible, known)
             if relay.draining:
-                raise NotNow(str(relay.trouble))
+                raise NotNow("draining", str(relay.trouble))
             connection = take()
             if connection is None:
                 return False
             # Nothing may await from here on: an event that comes after the head must find the stream in the hub.
             opened = True
         except BrokerError as exc:
-            raise NotNow(f"{reader.name}: {exc}") from exc
+            raise NotNow("broker", f"{reader.name}: {exc}") from exc
         finally:
             if not opened:
                 reader.release(subscriber.audible)
@@ -171,7 +173,7 @@ class Visit:
 
     def _begin(self, subscriber: Subscriber, connection: socket.socket, last: int | None) -> None:
         """Send the head and the first block, and deliver from now on."""
-        relay, replay = self._relay, self._relay.replay
+        relay, replay, counts = self._relay, self._relay.replay, self._relay.hub.counts
         begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
         if subscriber.labels:
             # How long silence may last, and whether events of "a" are for a page on "A" too.
@@ -183,15 +185,18 @@ class Visit:
             begin += events.position(str(newest or NO_HISTORY))
             if self.last_event_id:
                 begin += events.stream_reset("unknown-id", self.channels)
+                counts.add(RESETS, "unknown-id")
         else:
+            counts.add(REPLAYS)
             subscriber.position = last
             begin += b"\n"
-        origin, now = self._request.headers.get("Origin"), IOLoop.current().time()
+        origin, now = self._request.headers.get("Origin"), time.monotonic()
         packer = relay.packer(self._request)
         head = relay.head(origin, packer) + (packer.begin(begin) if packer else begin)
         subscriber.open(connection, relay.poller, head, relay.settings.client_buffer, now)
         subscriber.packer = packer
-        relay.hub.counts.opened += 1
+        counts.add(OPENED)
+        counts.add(STREAMS)
         log.info("stream opened: %s", subscriber)
         if replay:
             replay.admit(subscriber, behind=last is not None)
@@ -199,11 +204,11 @@ class Visit:
             relay.hub.add(subscriber)
 
     def _end(self, grant: Grant) -> float | None:
-        """Return the loop's time at which the stream is to end, if it has to."""
+        """Return when the stream is to end, by `time.monotonic`, if it has to."""
         lifetime = self._relay.settings.max_stream_seconds
         if not lifetime and grant.expires_at is None:
             return None
-        now = IOLoop.current().time()
+        now = time.monotonic()
         ends = [now + lifetime * random.uniform(0.8, 1.0)] if lifetime else []
         if grant.expires_at is not None:
             ends.append(now + grant.expires_at - time.time())
@@ -223,10 +228,10 @@ class Visit:
         if self._relay.hub.remove(subscriber):
             self._relay.reader.release(subscriber.audible)
             self.leave()
-            self._relay.hub.counts.closed += 1
-            self._relay.hub.counts.cut += subscriber.reason is CUT
-            seconds = IOLoop.current().time() - subscriber.opened_at
-            log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, subscriber.reason)
+            self._relay.hub.counts.add(STREAMS, number=-1)
+            self._relay.hub.counts.add(CLOSED, subscriber.reason)
+            seconds = time.monotonic() - subscriber.opened_at
+            log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, ENDS[subscriber.reason])
 
 
 def channels_of(request: HTTPServerRequest, path_channel: str | None) -> tuple[str, ...]:
@@ -234,7 +239,7 @@ def channels_of(request: HTTPServerRequest, path_channel: str | None) -> tuple[s
     Return the channels that a request is for: the one of its path, or else all of its query.
 
     Raises:
-        HTTPError: 400, if there are none, too many, or one that there cannot be.
+        Refusal: 400, if there are none, too many, or one that there cannot be.
 
     """
     if path_channel is not None:
@@ -243,15 +248,15 @@ def channels_of(request: HTTPServerRequest, path_channel: str | None) -> tuple[s
         try:
             names = [name.decode() for name in request.query_arguments.get("channel", [])]
         except UnicodeDecodeError as exc:
-            raise HTTPError(400, log_message="a channel's name is not UTF-8") from exc
+            raise Refusal(400, "request", "a channel's name is not UTF-8") from exc
     if not names:
-        raise HTTPError(400, log_message="no channel; ask for /channel=NAME or /events?channel=A&channel=B")
+        raise Refusal(400, "request", "no channel; ask for /channel=NAME or /events?channel=A&channel=B")
     if len(names) > MAX_CHANNELS:
-        raise HTTPError(400, log_message=f"{len(names)} channels asked for; a stream takes at most {MAX_CHANNELS}")
+        raise Refusal(400, "request", "%d channels asked for; a stream takes at most %d", len(names), MAX_CHANNELS)
     try:
         return tuple(dict.fromkeys(channels.check(name) for name in names))
     except ChannelError as exc:
-        raise HTTPError(400, log_message=str(exc)) from exc
+        raise Refusal(400, "request", "%s", exc) from exc
 
 
 def bearer(request: HTTPServerRequest) -> str:
@@ -279,7 +284,7 @@ def _queried(request: HTTPServerRequest, name: str) -> list[str]:
     try:
         return [value.decode() for value in request.query_arguments.get(name, [b""])]
     except UnicodeDecodeError as exc:
-        raise HTTPError(400, "the query's %s is not UTF-8", name) from exc
+        raise Refusal(400, "request", "the query's %s is not UTF-8", name) from exc
 
 
 def _client(address: str) -> str:

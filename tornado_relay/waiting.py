@@ -22,6 +22,9 @@ class Waiting:
         # Since when each waits, and how it is closed.
         self._connections: dict[object, tuple[float, Callable[[], object]]] = {}
 
+    def __len__(self) -> int:
+        return len(self._connections)
+
     def add(self, connection: object, now: float, close: Callable[[], object]) -> None:
         """Let ``connection`` wait, and close the oldest if that is one too many."""
         self.discard(connection)

@@ -13,18 +13,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from tornado.ioloop import IOLoop, PeriodicCallback
+from tornado.ioloop import IOLoop
 from tornado.web import Application
 
 from . import status
 from .admin import AdminApplication
 from .application import MAX_BODY, RelayApplication
 from .brokers.reader import Reader
+from .counts import CAPACITY, CHANNELS, PROBE, SERVING, WAITING, Counts
 from .entry import Entry
 from .errors import BrokerRefused, SettingsError
 from .hub import Hub
 from .intake import Intake
-from .limits import Seats
+from .limits import Seats, descriptor_limit, shares
 from .peers import Peers
 from .publish import open_publisher
 from .relay import RETRY, Relay
@@ -55,6 +56,7 @@ def run(
     beat: Callable[[], None],
     report: Callable[[str], None],
     *,
+    counts: Counts,
     admin: Admin | None,
 ) -> int:
     """
@@ -66,10 +68,11 @@ def run(
         seats: The room for streams.
         beat: Called by the loop every second: the proof that it turns.
         report: Called with an empty text once connections are accepted, or else with the reason why not.
+        counts: Where it counts.
         admin: What it shares with the other workers to show how the relay is; None if that is not asked for.
 
     """
-    return asyncio.run(Worker(settings, sockets, seats, beat, report, admin=admin).main())
+    return asyncio.run(Worker(settings, sockets, seats, beat, report, counts=counts, admin=admin).main())
 
 
 class Worker:
@@ -83,6 +86,7 @@ class Worker:
         beat: Callable[[], None],
         report: Callable[[str], None],
         *,
+        counts: Counts,
         admin: Admin | None,
     ) -> None:
         self.settings = settings
@@ -91,7 +95,8 @@ class Worker:
         self.admin = admin
         self.beat = beat
         self.report = report
-        self.hub = Hub(history=settings.history > 0, later=self._later)
+        self.counts = counts
+        self.hub = Hub(history=settings.history > 0, later=self._later, counts=counts)
         self._parent = os.getppid()
         # Set when the worker is to end; `_hurry` when it is to end without spreading.
         self._stop = asyncio.Event()
@@ -118,20 +123,18 @@ class Worker:
             history = listener.history(self.settings.history, seconds)
             replay = Replay(self.hub, history)
             upkeep = Upkeep(self.hub, history, replay, seconds)
-            self.reader = Reader(listener, replay.back, replay.lost)
+            self.reader = Reader(listener, self.counts, replay.back, replay.lost)
             working |= {asyncio.create_task(replay.run()), asyncio.create_task(upkeep.run())}
         else:
-            self.reader = Reader(listener, self._back, lambda: None)
+            self.reader = Reader(listener, self.counts, self._back, lambda: None)
         self.relay = Relay(
             self.settings, self.hub, self.reader, self.seats, replay=replay, intake=_intake(self.settings)
         )
         first: asyncio.Future[BrokerRefused | None] = asyncio.get_running_loop().create_future()
         reading = asyncio.create_task(self.reader.run(first.set_result))
         working.add(reading)
+        working.add(asyncio.create_task(self._run_ticks()))
         stopping = asyncio.create_task(self._stop.wait())
-        self._due = self.loop.time() + TICK
-        ticker = PeriodicCallback(self._tick, TICK * 1000)
-        ticker.start()
         awaited: set[asyncio.Future[Any]] = {first, reading, stopping}
         await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if self._stop.is_set():
@@ -155,16 +158,21 @@ class Worker:
             self.desk = self._server(AdminApplication(self.relay, peers), None, no_keep_alive=True)
             self.desk.listen_on(self.admin.listeners)
         self.server.listen_on(self.sockets)
-        self.report("")
+        self._served()
         await asyncio.wait({*working, stopping}, return_when=asyncio.FIRST_COMPLETED)
         for task in working:
             if task.done():
                 log.critical("a part of the worker ended by itself: a bug", exc_info=task.exception())
                 return FAILED
         await self._drain()
-        ticker.stop()
         await _cancel(working)
         return STOPPED
+
+    def _served(self) -> None:
+        capacity, _ = shares(descriptor_limit())
+        self.counts.set(CAPACITY, capacity)
+        self.counts.set(SERVING, 1)
+        self.report("")
 
     def _server(self, application: Application, entry: Entry | None, **options: Any) -> Server:
         return Server(
@@ -191,22 +199,33 @@ class Worker:
         self._hurry.set()
         self._stop.set()
 
-    def _tick(self) -> None:
+    async def _run_ticks(self) -> None:
+        # By the clock that nobody sets: Tornado's PeriodicCallback, when the time is put back by an hour, rests for one.
+        due = time.monotonic() + TICK
+        while True:
+            await asyncio.sleep(due - time.monotonic())
+            late = max(0.0, time.monotonic() - due)
+            self._tick(late)
+            # At whole ticks since the start, however late one was.
+            due += (late // TICK + 1) * TICK
+
+    def _tick(self, late: float) -> None:
         self.beat()
-        # The ticker keeps to whole ticks since its start, however late one was.
-        self.hub.counts.lag = late = max(0.0, self.loop.time() - self._due)
-        self._due += (late // TICK + 1) * TICK
+        self.counts.tick(late)
+        self.counts.set(CHANNELS, self.reader.channels)
+        self.counts.set(PROBE, self.reader.latency or 0)
+        self.counts.set(WAITING, len(self.relay.waiting))
         if os.getppid() != self._parent and not self._stop.is_set():
             log.warning("the supervisor is gone, this worker ends too")
             self._stop.set()
         self.reader.sweep()
         if self.server:
-            self.server.expire(self.loop.time() - REQUEST_SECONDS)
+            self.server.expire(time.monotonic() - REQUEST_SECONDS)
         if self.settings.max_stream_seconds or self.relay.keys:
-            now = self.loop.time()
+            now = time.monotonic()
             for subscriber in self._subscribers():
                 if subscriber.ends_at is not None and now >= subscriber.ends_at:
-                    subscriber.end("its time was up", random.randint(*RETRY))
+                    subscriber.end("expired", random.randint(*RETRY))
         parts = max(1, round(self.settings.heartbeat / TICK))
         self._beat = (self._beat + 1) % parts
         self.hub.heartbeat(self._beat, parts)
@@ -219,15 +238,15 @@ class Worker:
         subscribers = self._subscribers()
         random.shuffle(subscribers)
         log.info("closing %d streams over %.1f s", len(subscribers), self.settings.drain_seconds)
-        begin = self.loop.time()
+        begin = time.monotonic()
         for number, subscriber in enumerate(subscribers):
             due = begin + self.settings.drain_seconds * number / len(subscribers)
-            while not self._hurry.is_set() and due - self.loop.time() > _DRAIN_STEP:
+            while not self._hurry.is_set() and due - time.monotonic() > _DRAIN_STEP:
                 try:
-                    await asyncio.wait_for(self._hurry.wait(), due - self.loop.time())
+                    await asyncio.wait_for(self._hurry.wait(), due - time.monotonic())
                 except asyncio.TimeoutError:
                     pass
-            subscriber.end("the worker is stopping", random.randint(*RETRY))
+            subscriber.end("drain", random.randint(*RETRY))
         if self.desk:
             self.desk.stop()
         await self.relay.settle()

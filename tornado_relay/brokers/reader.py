@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from ..counts import BROKER_UP, RECONNECTS, Counts
 from ..errors import BrokerError, BrokerRefused, BrokerUnavailable
 from .backoff import Backoff
 from .subscriptions import Subscriptions
@@ -54,12 +55,15 @@ class Reader:
     listened to: with True if it is not the first.
     """
 
-    def __init__(self, listener: Listener, on_up: Callable[[bool], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, listener: Listener, counts: Counts, on_up: Callable[[bool], None], on_lost: Callable[[], None]
+    ) -> None:
         self.name = listener.name
         # Why streams cannot be served now, or None while the connection is up.
         self.trouble: str | None = "not connected yet"
 
         self._listener = listener
+        self._counts = counts
         self._subscriptions = listener.subscriptions
         self._on_up = on_up
         self._on_lost = on_lost
@@ -69,6 +73,11 @@ class Reader:
         self._up_since: float | None = None
         # What to call after the first try, and then no more.
         self._on_first: Callable[[BrokerRefused | None], None] | None = None
+
+    @property
+    def channels(self) -> int:
+        """How many channels of its own the broker is to send."""
+        return len(self._subscriptions)
 
     @property
     def latency(self) -> float | None:
@@ -130,6 +139,7 @@ class Reader:
                 if self.trouble is None:
                     self._on_lost()
                 self.trouble = str(exc)
+                self._counts.set(BROKER_UP, 0)
                 self._subscriptions.lost(BrokerUnavailable(self.trouble))
                 self._first_done(exc if isinstance(exc, BrokerRefused) else None)
             if self._up_since is not None and self._now() - self._up_since >= GOOD_SECONDS:
@@ -140,6 +150,9 @@ class Reader:
 
     def _up(self) -> None:
         self.trouble = None
+        self._counts.set(BROKER_UP, 1)
+        if self._up_since is not None:
+            self._counts.add(RECONNECTS)
         log.info("%s connected, listening to %d channels", self.name, len(self._subscriptions))
         self._on_up(self._up_since is not None)
         self._up_since = self._now()

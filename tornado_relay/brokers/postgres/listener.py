@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -51,7 +52,7 @@ class PostgresListener:
 
     name = "PostgreSQL"
 
-    def __init__(self, url: str, on_messages: Callable[[list[Message]], None]) -> None:
+    def __init__(self, url: str, on_messages: Callable[[list[Message], float], None]) -> None:
         self.subscriptions = Subscriptions()
         self._dsn = dsn.complete(url, "sse-relay-server")
         self._on_messages = on_messages
@@ -71,6 +72,7 @@ class PostgresListener:
         self._queries: deque[tuple[str, Any, asyncio.Future[list[tuple[Any, ...]]]]] = deque()
         # From the first message on whose payload has to be read from the history, all wait for it.
         self._held: list[Message] = []
+        self._held_since = 0.0
         self._fetching: asyncio.Task[None] | None = None
         self._reads_history = False
         # The channel of the NOTIFYs to ourselves, and who waits for one.
@@ -174,13 +176,13 @@ class PostgresListener:
                 future.set_exception(BrokerUnavailable("the connection was lost"))
 
     async def _serve(self) -> None:
-        self._heard_at = self._loop.time()
+        self._heard_at = time.monotonic()
         while True:
-            quiet_for = self._loop.time() - self._heard_at
+            quiet_for = time.monotonic() - self._heard_at
             try:
                 await asyncio.wait_for(self._work.wait(), max(0.0, PROBE_SECONDS - quiet_for))
             except asyncio.TimeoutError:
-                if self._loop.time() - self._heard_at >= PROBE_SECONDS:
+                if time.monotonic() - self._heard_at >= PROBE_SECONDS:
                     await self._probe()
                 continue
             self._work.clear()
@@ -208,13 +210,13 @@ class PostgresListener:
     async def _probe(self) -> None:
         """Send a NOTIFY to ourselves, and fail if it does not come."""
         self._probed = asyncio.get_running_loop().create_future()
-        begin = self._loop.time()
+        begin = time.monotonic()
         try:
             await self._run("SELECT pg_notify(%s, '')", (self._probe_channel,), PROBE_TIMEOUT)
         except asyncio.TimeoutError as exc:
             raise BrokerUnavailable(f"no answer in {PROBE_TIMEOUT:.0f} s; the connection is dead") from exc
         await self._await_probe(self._probed)
-        self.latency = self._loop.time() - begin
+        self.latency = time.monotonic() - begin
         log.debug("a NOTIFY to ourselves took %.1f ms", self.latency * 1000)
 
     async def _await_probe(self, probed: asyncio.Future[None]) -> None:
@@ -320,7 +322,7 @@ class PostgresListener:
             self._command.set_exception(error)
 
     def _deliver(self, notifies: list[Any]) -> None:
-        self._heard_at = self._loop.time()
+        self._heard_at = time.monotonic()
         messages = []
         for notify in notifies:
             if notify.channel == self._probe_channel:
@@ -334,11 +336,12 @@ class PostgresListener:
                 messages.append(message)
         notifies.clear()
         if self._held or any(message.payload is None for message in messages):
+            self._held_since = self._held_since if self._held else self._heard_at
             self._held += messages
             if self._fetching is None:
                 self._fetching = asyncio.create_task(self._fetch())
         elif messages:
-            self._on_messages(messages)
+            self._on_messages(messages, self._heard_at)
 
     async def _fetch(self) -> None:
         """Read the payloads that were too large for NOTIFY, each once for all its streams, and deliver what is held."""
@@ -357,13 +360,13 @@ class PostgresListener:
                         for each in ready[:end]
                     ]
                 del self._held[: len(ready)]
-                self._on_messages(ready)
+                self._on_messages(ready, self._held_since)
         except BrokerUnavailable:
             pass  # `_serve` ends as well, and what is held is read from the history, or the streams are told
         except BrokerError as exc:
             log.error("large events cannot be read: %s", exc)
             held, self._held = self._held, []
-            self._on_messages(held)
+            self._on_messages(held, self._held_since)
         finally:
             self._fetching = None
 

@@ -47,7 +47,7 @@ class RedisListener:
 
     name = "Redis"
 
-    def __init__(self, url: str, on_messages: Callable[[list[Message]], None]) -> None:
+    def __init__(self, url: str, on_messages: Callable[[list[Message], float], None]) -> None:
         self.subscriptions = Subscriptions()
         self._url = url
         self._on_messages = on_messages
@@ -62,7 +62,7 @@ class RedisListener:
         self._flush_due = False
         # What the thread has read and the loop has not looked at, and how many batches that is; one a turn, so that
         # sockets that can be written to come in between, and no reader counts as slow for want of a chance.
-        self._inbox: deque[list[Any]] = deque()
+        self._inbox: deque[tuple[list[Any], float]] = deque()
         self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._loop.add_handler(self._arrived, self._turn, IOLoop.READ)
         self._room = threading.Semaphore(INBOX)
@@ -140,11 +140,11 @@ class RedisListener:
     def _turn(self, *_: object) -> None:
         os.eventfd_read(self._arrived)
         if self._inbox:  # it is cleared when the connection is lost
-            replies = self._inbox.popleft()
+            replies, arrived = self._inbox.popleft()
             self._room.release()
-            self._received(replies)
+            self._received(replies, arrived)
 
-    def _received(self, replies: list[Any]) -> None:
+    def _received(self, replies: list[Any], arrived: float) -> None:
         messages, confirmed = [], []
         for kind, name, what in replies:
             if kind == b"message":
@@ -157,7 +157,7 @@ class RedisListener:
         self.subscriptions.confirm(confirmed)
         self._check_up()
         if messages:
-            self._on_messages(messages)
+            self._on_messages(messages, arrived)
 
     def _check_up(self) -> None:
         if self._on_up and not self.subscriptions.waiting:
@@ -212,7 +212,7 @@ class RedisListener:
                 self._hand_over(replies)
 
     def _hand_over(self, replies: list[Any]) -> None:
-        self._inbox.append(replies)
+        self._inbox.append((replies, time.monotonic()))
         os.eventfd_write(self._arrived, 1)
 
 
