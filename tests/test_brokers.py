@@ -166,7 +166,7 @@ def test_batches_are_handed_on_one_a_turn_of_the_loop():
     got = []
 
     async def main():
-        listener = RedisListener("redis://127.0.0.1:1", got.append)
+        listener = RedisListener("redis://127.0.0.1:1", lambda messages, arrived: got.append((messages, arrived)))
         for number in range(3):
             listener._hand_over([[b"message", b"c", b"%d" % number]])  # noqa: SLF001
         for _ in range(10):
@@ -175,7 +175,9 @@ def test_batches_are_handed_on_one_a_turn_of_the_loop():
             assert len(got) <= before + 1
 
     asyncio.run(main())
-    assert got == [[Message("c", str(number))] for number in range(3)]
+    assert [messages for messages, _ in got] == [[Message("c", str(number))] for number in range(3)]
+    times = [arrived for _, arrived in got]
+    assert times == sorted(times)
 
 
 def test_loss_while_streams_open_is_mended(broker, tmp_path, pages, channel):

@@ -129,7 +129,7 @@ def test_command_of_the_predecessors_readme(buildah, container, redis_server):
 
             def listening():
                 log.seek(0)
-                return re.search(rf"\[(\d+)\] listening on http://0.0.0.0:{port} with 4 workers", log.read())
+                return re.search(rf"\[(\d+) parent\] listening on http://0.0.0.0:{port} with 4 workers", log.read())
 
             parent = int(until(listening, "the relay listens")[1])
             assert os.stat(f"/proc/{parent}").st_uid == 10001  # noqa: PTH116

@@ -230,7 +230,8 @@ def test_short_way_and_long_way_open_the_same_stream(kept, tmp_path, pages, path
             lambda: b"\n\n" in short.body and shape.sub(b"", short.body) == shape.sub(b"", long.body), "the same blocks"
         )
         opened = until(
-            lambda: len(said := re.findall(r"stream opened: (.*)", relay.log)) == 2 and said, "both are in the log"
+            lambda: len(said := re.findall(r"stream opened: (.*), request", relay.log)) == 2 and said,
+            "both are in the log",
         )
         assert opened[0] == opened[1]
 

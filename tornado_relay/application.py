@@ -71,7 +71,7 @@ class RelayApplication(Application):
             ],
             default_handler_class=NotFoundHandler,
             default_handler_args=self._shared,
-            log_function=log_nothing,
+            log_function=_log if relay.access_log else log_nothing,
         )
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
@@ -99,6 +99,11 @@ def _length(request: HTTPServerRequest) -> int | None:
     """Return the body's length; None where it is in a form that Tornado may take for a number and we do not."""
     length = request.headers.get("Content-Length", "0")
     return int(length) if re.fullmatch("0|[1-9][0-9]{0,18}", length, re.ASCII) else None
+
+
+def _log(handler: HTTPServerRequest | RequestHandler) -> None:
+    if isinstance(handler, RelayHandler):
+        handler.log_access(handler.get_status())
 
 
 def log_nothing(handler: HTTPServerRequest | RequestHandler) -> None:

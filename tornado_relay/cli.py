@@ -101,7 +101,9 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     current = load()
     _hide_secrets()
-    logs.setup(current.log_level, current.log_format)
+    from_systemd = settings.systemd_variables()
+    journal = systemd.reads_stderr(from_systemd)
+    logs.setup(current.log_level, current.log_format, journal=journal)
     for line in settings.misspelt_variables(env_file):
         log.warning("%s", line)
     with _embedded(current) as database_url:
@@ -115,7 +117,7 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
 
         def reload() -> Settings:
             fresh = complete(load())
-            logs.setup(fresh.log_level, fresh.log_format)
+            logs.setup(fresh.log_level, fresh.log_format, journal=journal)
             return fresh
 
         current = complete(current)
@@ -130,7 +132,7 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
         )
         if database_url:
             _show_first_steps(current, listeners[0][0], database_url)
-        notifier = systemd.Notifier(settings.systemd_variables())
+        notifier = systemd.Notifier(from_systemd)
         with sockets.admin(current.admin_host, current.admin_port, current.worker_count) as admin:
             return Supervisor(current, listeners, worker.run, reload, notifier, admin=admin).run()
 

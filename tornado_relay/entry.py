@@ -74,12 +74,14 @@ class Entry:
         except (HTTPInputError, HTTPError, NotNow, UnicodeError):
             return False
         connection.recv(len(data))
-        task = asyncio.create_task(self._open(visit, grant, connection, headers.get("Origin")))
+        task = asyncio.create_task(self._open(visit, grant, connection, request, peer))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
         return True
 
-    async def _open(self, visit: Visit, grant: Grant, connection: socket.socket, origin: str | None) -> None:
+    async def _open(
+        self, visit: Visit, grant: Grant, connection: socket.socket, request: HTTPServerRequest, peer: str
+    ) -> None:
         opened = False
         try:
             with self._relay.opening():
@@ -87,9 +89,11 @@ class Entry:
         except (NotNow, asyncio.CancelledError) as exc:
             self._relay.hub.counts.add(REFUSED, exc.reason if isinstance(exc, NotNow) else "draining")
             try:
-                connection.send(self._relay.come_back(origin), socket.MSG_DONTWAIT)
+                connection.send(self._relay.come_back(request.headers.get("Origin")), socket.MSG_DONTWAIT)
             except OSError:
                 pass  # the client did not wait
+            if self._relay.access_log:
+                self._relay.access_log.answered(request, peer, 200)
         finally:
             if not opened:
                 visit.leave()

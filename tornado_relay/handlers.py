@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
 from . import __version__, access
+from .access import UNIX
 from .counts import PUBLISHES, REFUSED
 from .refusal import Refusal
 from .relay import Relay
@@ -26,6 +28,8 @@ class RelayHandler(RequestHandler):
     def initialize(self, relay: Relay) -> None:
         self.relay = relay
         self.origin = self.request.headers.get("Origin")
+        context = self.request.connection.context  # type: ignore[union-attr]
+        self.peer = UNIX if context.address_family == socket.AF_UNIX else context.remote_ip
         # The field of an event that is wrong.
         self.field: str | None = None
 
@@ -73,6 +77,7 @@ class RelayHandler(RequestHandler):
 
     def answer_and_close(self, data: bytes) -> None:
         """Send ``data``, status line and headers included, and close the connection."""
+        self.log_access(200)
         stream = self.detach()
         try:
             # It has room for that, or else an answer before it was not read: nobody is waited for.
@@ -80,6 +85,11 @@ class RelayHandler(RequestHandler):
         except StreamClosedError:
             pass  # the client did not wait
         stream.close()
+
+    def log_access(self, status: int) -> None:
+        """Write a line of the access log, if there is one."""
+        if self.relay.access_log:
+            self.relay.access_log.answered(self.request, self.peer, status)
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         if not isinstance(value, HTTPError):

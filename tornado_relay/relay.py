@@ -12,6 +12,7 @@ from typing import Any, cast
 from tornado.httputil import HTTPServerRequest
 
 from . import __version__, access
+from .access_log import AccessLog
 from .authority import Authority
 from .brokers.reader import Reader
 from .hub import Hub
@@ -56,6 +57,8 @@ class Relay:
         self.intake = intake
         self.origins = access.Origins(settings.allowed_origins)
         self.proxies = access.Proxies(settings.trusted_proxies)
+        # None unless it is asked for.
+        self.access_log = AccessLog(self.proxies) if settings.log_access else None
         # Without any key and authority, the relay is open to all; with both, both must let a client in.
         self.keys = keys_of(settings)
         self.authority = Authority(settings.auth_url) if settings.auth_url else None

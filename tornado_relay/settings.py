@@ -168,6 +168,7 @@ class Settings:
     )
     log_level: str = _setting("LOG_LEVEL", "INFO", values.choice(*LEVELS), " | ".join(LEVELS))
     log_format: str = _setting("LOG_FORMAT", "text", values.choice("text", "json"), "text | json")
+    log_access: bool = _setting("LOG_ACCESS", False, values.boolean, "log a line for each request that is answered")
 
     @property
     def broker(self) -> tuple[str, str] | None:
@@ -337,9 +338,12 @@ def misspelt_variables(env_file: str | None) -> list[str]:
     return lines
 
 
+_SYSTEMD = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM")
+
+
 def systemd_variables() -> dict[str, str]:
     """Return what systemd tells a service in its environment."""
-    return {name: os.environ[name] for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID") if name in os.environ}
+    return {name: os.environ[name] for name in _SYSTEMD if name in os.environ}
 
 
 def cores() -> int:

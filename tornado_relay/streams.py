@@ -13,7 +13,6 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import HTTPError
 
 from . import access
-from .access import UNIX
 from .counts import PUBLISHES, REFUSED
 from .errors import BrokerError, EventError, PayloadTooLarge
 from .handlers import RelayHandler
@@ -110,9 +109,7 @@ class StreamHandler(RelayHandler):
         self.set_status(202)
 
     def _visit(self, path_channel: str | None) -> Visit:
-        context = self.request.connection.context  # type: ignore[union-attr]
-        peer = UNIX if context.address_family == socket.AF_UNIX else context.remote_ip
-        return Visit(self.relay, self.request, path_channel, peer)
+        return Visit(self.relay, self.request, path_channel, self.peer)
 
     def _take(self) -> socket.socket | None:
         """Return the connection, which Tornado has no more to do with; None if the client has gone."""

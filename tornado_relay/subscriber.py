@@ -50,6 +50,7 @@ class Subscriber:
         "packer",
         "position",
         "reason",
+        "request_id",
         "told",
     )
 
@@ -59,6 +60,7 @@ class Subscriber:
         audible: tuple[str, ...],
         *,
         address: str,
+        request_id: str,
         labels: bool,
         ends_at: float | None,
         on_close: Callable[[Subscriber], None],
@@ -66,6 +68,7 @@ class Subscriber:
         self.channels = channels
         self.audible = audible
         self.address = address
+        self.request_id = request_id
         self.labels = labels
         # When the stream is to end, by `time.monotonic`, if it has to.
         self.ends_at = ends_at
@@ -207,5 +210,9 @@ class Subscriber:
             self._drained.set_result(None)
         self._drained = None
 
+    def fields(self) -> dict[str, object]:
+        """Return what a log of objects says of it."""
+        return {"client": self.address, "channels": self.channels, "request": self.request_id}
+
     def __str__(self) -> str:
-        return f"{self.address} on {', '.join(self.channels)}"
+        return f"{self.address} on {', '.join(self.channels)}, request {self.request_id}"

@@ -1,10 +1,16 @@
-"""What a service of Type=notify tells systemd (sd_notify(3)); silent where there is no systemd."""
+"""What a service of Type=notify tells systemd (sd_notify(3)), silent where there is none; and whether it reads our log."""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
+
+
+def reads_stderr(environ: dict[str, str]) -> bool:
+    """Return whether standard error goes to the journal, by ``JOURNAL_STREAM`` (systemd.exec(5))."""
+    status = os.fstat(2)
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class Notifier:

@@ -12,6 +12,7 @@ from tornado.httputil import HTTPServerRequest
 
 from . import channels, events
 from .access import EVERYBODY, UNIX, Grant, joined
+from .access_log import id_of, new_id
 from .authority import REFUSALS, Question
 from .counts import CLOSED, OPENED, REPLAYS, RESETS, STREAMS
 from .errors import AuthorityUnavailable, BrokerError, ChannelError, TokenError
@@ -52,11 +53,12 @@ class Visit:
 
     """
 
-    __slots__ = ("_relay", "_request", "address", "channels", "labels", "last_event_id")
+    __slots__ = ("_peer", "_relay", "_request", "address", "channels", "labels", "last_event_id")
 
     def __init__(self, relay: Relay, request: HTTPServerRequest, path_channel: str | None, peer: str) -> None:
         self._relay = relay
         self._request = request
+        self._peer = peer
         self.channels = channels_of(request, path_channel)
         # Before anything is held, since it may be no text.
         self.last_event_id = _last_event_id(request)
@@ -145,6 +147,7 @@ class Visit:
             self.channels,
             tuple(name for name in reader.audible(self.channels) if name in self.channels or grant.allows(name)),
             address=self.address,
+            request_id=id_of(self._request) or new_id(),
             labels=self.labels,
             ends_at=self._end(grant),
             on_close=self._closed,
@@ -197,7 +200,9 @@ class Visit:
         subscriber.packer = packer
         counts.add(OPENED)
         counts.add(STREAMS)
-        log.info("stream opened: %s", subscriber)
+        log.info("stream opened: %s", subscriber, extra={"fields": subscriber.fields()})
+        if relay.access_log:
+            relay.access_log.answered(self._request, self._peer, 200, subscriber.request_id)
         if replay:
             replay.admit(subscriber, behind=last is not None)
         else:
@@ -231,7 +236,12 @@ class Visit:
             self._relay.hub.counts.add(STREAMS, number=-1)
             self._relay.hub.counts.add(CLOSED, subscriber.reason)
             seconds = time.monotonic() - subscriber.opened_at
-            log.info("stream ended after %.1f s: %s: %s", seconds, subscriber, ENDS[subscriber.reason])
+            fields = subscriber.fields() | {"seconds": round(seconds, 1), "reason": subscriber.reason}
+            log.info(
+                "stream ended after %.1f s: %s: %s",
+                *(seconds, subscriber, ENDS[subscriber.reason]),
+                extra={"fields": fields},
+            )
 
 
 def channels_of(request: HTTPServerRequest, path_channel: str | None) -> tuple[str, ...]:

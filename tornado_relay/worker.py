@@ -16,11 +16,12 @@ from typing import Any, cast
 from tornado.ioloop import IOLoop
 from tornado.web import Application
 
-from . import status
+from . import logs, status
 from .admin import AdminApplication
 from .application import MAX_BODY, RelayApplication
+from .brokers.message import Message
 from .brokers.reader import Reader
-from .counts import CAPACITY, CHANNELS, PROBE, SERVING, WAITING, Counts
+from .counts import CAPACITY, CHANNELS, NUMBER, PROBE, SERVING, WAITING, Counts
 from .entry import Entry
 from .errors import BrokerRefused, SettingsError
 from .hub import Hub
@@ -31,7 +32,7 @@ from .publish import open_publisher
 from .relay import RETRY, Relay
 from .replay import Replay
 from .server import Server
-from .settings import Settings
+from .settings import TRACE, Settings
 from .sockets import Admin
 from .subscriber import Subscriber
 from .tokens import keys_of
@@ -72,6 +73,7 @@ def run(
         admin: What it shares with the other workers to show how the relay is; None if that is not asked for.
 
     """
+    logs.of_worker(int(counts.get(NUMBER)))
     return asyncio.run(Worker(settings, sockets, seats, beat, report, counts=counts, admin=admin).main())
 
 
@@ -116,7 +118,7 @@ class Worker:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
         listener_class, url = _listener(self.settings)
-        listener = listener_class(url, self.hub.deliver)
+        listener = listener_class(url, self._trace if log.isEnabledFor(TRACE) else self.hub.deliver)
         replay, working = None, set[asyncio.Task[None]]()
         if self.hub.history:
             seconds = self.settings.history_seconds
@@ -190,6 +192,11 @@ class Worker:
 
     def _later(self, call: Callable[[], None]) -> None:
         self.loop.add_callback(call)
+
+    def _trace(self, messages: list[Message], arrived: float) -> None:
+        for message in messages:
+            log.log(TRACE, "event %s on %s: %s", message.id or "without an id", message.channel, message.payload)
+        self.hub.deliver(messages, arrived)
 
     def _back(self, again: bool) -> None:
         if again:
