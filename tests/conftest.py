@@ -163,6 +163,7 @@ def certificate(tmp_path_factory):
     """A certificate for the proxies."""
     folder = tmp_path_factory.mktemp("certificate")
     command = [program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=events.example.com", "-keyout", folder / "key", "-out", folder / "pem"]
+    command += ["-subj", "/CN=events.example.com", "-addext", "subjectAltName=DNS:events.example.com,IP:127.0.0.1"]
+    command += ["-keyout", folder / "key", "-out", folder / "pem"]
     subprocess.run(command, check=True, capture_output=True)
     return folder

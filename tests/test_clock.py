@@ -1,40 +1,15 @@
 """A relay whose machine's clock is set while it runs, by libfaketime: what lasts, lasts as long as it should."""
 
 import socket
-import subprocess
 
 import pytest
-from programs import program
+from clock import Clock
 from relay import Relay, watched
 from servers import PATIENCE, until
 
 from tornado_relay import subscribe_token
 
 SECRET = "s" * 32
-
-
-class Clock:
-    """The wall clock of those processes that have its environment."""
-
-    def __init__(self, folder):
-        self._file = folder / "clock"
-        shown = [program("faketime"), "-f", "+0", "printenv", "LD_PRELOAD"]
-        library = subprocess.run(shown, capture_output=True, text=True, check=True).stdout.strip()
-        self.environment = {
-            "LD_PRELOAD": library,
-            "FAKETIME_TIMESTAMP_FILE": str(self._file),
-            "FAKETIME_NO_CACHE": "1",
-            # Nobody can set that one.
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "DONT_FAKE_MONOTONIC": "1",
-        }
-        self.set("+0")
-
-    def set(self, offset):
-        """Move the clock to so far from the real time."""
-        new = self._file.with_suffix(".new")
-        new.write_text(f"{offset}\n")
-        new.replace(self._file)
 
 
 @pytest.fixture

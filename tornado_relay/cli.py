@@ -33,6 +33,7 @@ from . import (
     tokens,
 )
 from .errors import RelayError, SettingsError
+from .findings import FAILURE, OK, WARNING, Finding
 from .publish import open_publisher
 from .settings import FIELDS, Settings
 from .supervisor import Supervisor
@@ -40,6 +41,9 @@ from .supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 PROGRAM = "sse-relay-server"
+
+# How `check` begins a line.
+_LEVELS = {OK: "ok", WARNING: "WARN", FAILURE: "FAIL"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +73,7 @@ def _run(command: str | None, options: dict[str, Any], load: Callable[[], Settin
     if command == "listen":
         return _listen(load(), options["target"])
     if command == "check":
-        return _check(load)
+        return _check(load, options["url"], as_json=bool(options["json"]))
     if command == "token":
         return _token(load(), **options)
     if command == "init-db":
@@ -187,18 +191,26 @@ def _listen(current: Settings, target: str) -> int:
     return 0
 
 
-def _check(load: Callable[[], Settings]) -> int:
+def _check(load: Callable[[], Settings], url: str, *, as_json: bool) -> int:
     try:
         current = load()
     except SettingsError as exc:
-        print(f"FAIL  {exc}")
-        return 1
-    for line in findings.of_settings(current):
-        print(f"      {line}")
+        shown, found = {}, iter([Finding(FAILURE, "settings", str(exc))])
+    else:
+        shown, found = findings.of_settings(current), findings.look(current, url)
+    if as_json:
+        told = [dataclasses.asdict(finding) for finding in found]
+        failed = any(finding["level"] == FAILURE for finding in told)
+        print(json.dumps({"ok": not failed, "settings": shown, "findings": told}, ensure_ascii=False, indent=1))
+        return 1 if failed else 0
+    for variable, value in shown.items():
+        print(f"      {variable}={value}")
     failed = False
-    for finding in (*findings.of_brokers(current), *findings.of_authority(current)):
-        failed = failed or not finding.ok
-        print(f"{'ok' if finding.ok else 'FAIL':<5} {finding.text}", flush=True)
+    for finding in found:
+        failed = failed or finding.level == FAILURE
+        print(f"{_LEVELS[finding.level]:<5} {finding.text}", flush=True)
+        if finding.advice:
+            print(f"      -> {finding.advice}", flush=True)
     return 1 if failed else 0
 
 
@@ -315,13 +327,17 @@ def _parser() -> argparse.ArgumentParser:
     listen.add_argument(
         "target", metavar="URL-or-CHANNEL", help="a stream's URL, or a channel of the relay on this machine"
     )
-    command("check", "show the settings, send an event through each broker, and exit with 1 if anything fails")
+    check = command("check", "show the settings, look at what the relay needs, and exit with 1 if anything fails")
+    check.add_argument(
+        "--url", metavar="URL", default="", help="the relay's public address: send an event to there too"
+    )
+    check.add_argument("--json", action="store_true", help="print one JSON object")
     token = command("token", "print a token for streams on these channels, signed with RELAY_JWT_SECRET")
     token.add_argument("channel", metavar="CHANNEL", nargs="+", help="a name, or the beginning of names and a *")
     token.add_argument("--ttl", metavar="SECONDS", type=_positive, default=3600.0, help="until it ends; default 3600")
     token.add_argument("--private-key", metavar="PATH", help="sign with the private key in this PEM file")
     init = command("init-db", "set up, or bring up to date, the history of events in PostgreSQL (RELAY_HISTORY)")
-    parser.command_flags = ("--print-sql", "--ttl", "--private-key")
+    parser.command_flags = ("--print-sql", "--ttl", "--private-key", "--url", "--json")
     init.add_argument("--print-sql", action="store_true", help="print the SQL for psql, and connect to nothing")
     return parser
 

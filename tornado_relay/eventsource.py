@@ -128,12 +128,21 @@ class Connection:
 
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._waiting: deque[Received] = deque()
+        # Whether the other side has ended it.
+        self.ended = False
 
     def __iter__(self) -> Iterator[Received]:
         """Yield events until the stream ends."""
         while self._waiting or self._read():
             while self._waiting:
                 yield self._waiting.popleft()
+
+    def begin(self, seconds: float) -> bool:
+        """Wait for the first bytes, and return whether they came in this time."""
+        end = time.monotonic() + seconds
+        while self.parser.retry is None and time.monotonic() < end and self._read():
+            pass
+        return self.parser.retry is not None
 
     def next(self, seconds: float) -> Received | None:
         """
@@ -152,6 +161,7 @@ class Connection:
             chunk = self.response.read1(65536)
         except (OSError, http.client.HTTPException):
             return False
+        self.ended = not chunk
         self._waiting += self.parser.feed(self._decode(chunk))
         return bool(chunk)
 
