@@ -52,6 +52,16 @@ class Proxy:
     def thaw(self):
         self.flowing.set()
 
+    def lead_to(self, target):
+        """End the connections that there are; new ones go to another port."""
+        self.target = target
+        _, *open_ones = self.sockets
+        for each in open_ones:
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
     def accept(self):
         while True:
             try:
