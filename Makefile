@@ -1,11 +1,11 @@
-# make demo | example | test | fuzz | bench | lint | format
+# make demo | example | test | fuzz | soak | bench | lint | format
 
 PYTHON ?= python3
 PORT ?= 8001
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo example test fuzz bench lint format
+.PHONY: demo example test fuzz soak bench lint format
 
 demo: $(VENV)/demo
 	@$(BIN)/sse-relay-server --embedded --debug --host 127.0.0.1 --port $(PORT)
@@ -26,6 +26,11 @@ fuzz: TIMES ?= 10
 fuzz: $(VENV)/test
 	@echo "To repeat this: make fuzz SEED=$(SEED) TIMES=$(TIMES)"
 	SSE_RELAY_FUZZ_SEED=$(SEED) SSE_RELAY_FUZZ_TIMES=$(TIMES) $(BIN)/pytest -n 2 tests/test_fuzz.py
+
+# Ten minutes, half of them on each broker; in the tests it is one.
+soak: SECONDS ?= 600
+soak: $(VENV)/test
+	SSE_RELAY_SOAK_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_soak.py
 
 lint: $(VENV)/test
 	$(BIN)/ruff check

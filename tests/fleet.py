@@ -97,13 +97,14 @@ class Fleet:
 
 
 class Numbers(threading.Thread):
-    """Publishes numbered events to channels in turn, at least ``count`` and until told to stop."""
+    """Publishes numbered events to channels in turn, at least ``count`` and until told to stop, from ``first`` on."""
 
-    def __init__(self, broker, channels, count, rate=1500.0):
+    def __init__(self, broker, channels, count, rate=1500.0, first=0):
         super().__init__(daemon=True)
         self.publisher = open_publisher(broker.kind, broker.url)
         self.channels = channels
         self.count = count
+        self.first = first
         self.pause = 1 / rate
         self.enough = threading.Event()
         # The numbers of each channel that the broker has taken, and those of which that is not known.
@@ -114,10 +115,10 @@ class Numbers(threading.Thread):
         for number in itertools.count():
             if number >= self.count and self.enough.is_set():
                 break
-            channel = self.channels[number % len(self.channels)]
+            channel, text = self.channels[number % len(self.channels)], str(self.first + number)
             try:
-                self.publisher.publish(channel, json.dumps({"data": str(number)}))
-                self.taken[channel].append(str(number))
+                self.publisher.publish(channel, json.dumps({"data": text}))
+                self.taken[channel].append(text)
             except BrokerError:
                 self.unsure += 1
                 time.sleep(0.02)
