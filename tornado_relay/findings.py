@@ -78,13 +78,14 @@ def _ping_postgres(settings: Settings) -> str:
     import psycopg2  # noqa: PLC0415
 
     from .brokers.postgres import dsn  # noqa: PLC0415
+    from .brokers.postgres.publisher import PostgresPublisher  # noqa: PLC0415
 
     channel = f"sse_relay_check_{secrets.token_hex(8)}"
     try:
         connection = psycopg2.connect(dsn.complete(settings.listen_url, "sse-relay-check"))
     except psycopg2.Error as exc:
         raise RelayError(f"cannot be reached: {exc}") from exc
-    publisher = open_publisher("postgres", settings.database_url)
+    publisher = PostgresPublisher(settings.database_url)
     try:
         connection.autocommit = True
         with connection.cursor() as cursor:
@@ -104,7 +105,11 @@ def _ping_postgres(settings: Settings) -> str:
                 )
             connection.poll()
         taken = time.monotonic() - started
-        return f"{dsn.shown(settings.listen_url)}, version {version}: an event took {taken * 1000:.1f} ms"
+        place = dsn.shown(settings.listen_url)
+        if "," in place:
+            place += f", of which {connection.info.host}:{connection.info.port} takes writes"
+        way = f" through the pooler at {dsn.shown(settings.database_url)}" if publisher.pooled() else ""
+        return f"{place}, version {version}: an event took {taken * 1000:.1f} ms{way}"
     except psycopg2.Error as exc:
         raise RelayError(str(exc)) from exc
     finally:
