@@ -3,9 +3,12 @@
 import os
 import shutil
 import subprocess
+from copy import copy
 
 import pytest
 from servers import PostgresServer, until
+
+from tornado_relay.embedded import Cluster
 
 
 class Pair:
@@ -18,26 +21,28 @@ class Pair:
         for folder in folders:
             folder.mkdir(mode=0o755)
         self.primary = PostgresServer(folders[0], log_statement="none")
-        self.url = self.primary.url
-        self.standby = PostgresServer(folders[1], log_statement="none")
-        self.url = url_of(self.primary, self.standby)
-        self.standby.stop()
+        self.standby = copy(self.primary)
+        self.standby.cluster = Cluster(folders[1] / "postgresql", self.primary.binaries)
         self.rejoin()
+        self.url = url_of(self.primary, self.standby)
 
     def rejoin(self):
         """Give the standby, which is down, a copy of the primary's data, and let it follow."""
-        server = self.standby
-        backup = server.binaries / "pg_basebackup"
+        source, target = self.primary.cluster.home, self.standby.cluster.home
+        backup = self.standby.binaries / "pg_basebackup"
         if not backup.exists():
-            pytest.fail(f"pg_basebackup is not installed in {server.binaries}")
-        shutil.rmtree(server.cluster.data)
-        owner = server.cluster.home.stat()
-        as_owner = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []} if os.geteuid() == 0 else {}
-        command = [backup, "-d", self.primary.url, "-D", server.cluster.data, "-R", "-c", "fast", "--no-sync"]
+            pytest.fail(f"pg_basebackup is not installed in {backup.parent}")
+        shutil.rmtree(target / "data", ignore_errors=True)
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(source / "password", target / "password")
+        owner, as_owner = source.stat(), {}
+        if os.geteuid() == 0:  # as which the server refuses to run
+            as_owner = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+            os.chown(target, owner.st_uid, owner.st_gid)
+        command = [backup, "-d", self.primary.url, "-D", target / "data", "-R", "-c", "fast", "--no-sync"]
         subprocess.run(command, cwd="/", check=True, **as_owner)
-        shutil.copyfile(self.primary.cluster.home / "password", server.cluster.home / "password")
-        server.url = server.cluster.url
-        server.start()
+        self.standby.start()
+        self.standby.url = self.standby.cluster.url
         self.until_streaming("async")
 
     def synchronise(self):
@@ -49,6 +54,11 @@ class Pair:
     def until_streaming(self, state):
         query = "SELECT sync_state FROM pg_stat_replication WHERE state = 'streaming'"
         until(lambda: self.primary.execute(query) == [(state,)], f"the standby follows ({state})")
+
+    def catch_up(self):
+        """Wait until the standby shows all that the primary has done."""
+        ((end,),) = self.primary.execute("SELECT pg_current_wal_lsn()")
+        until(lambda: self.standby.execute("SELECT pg_last_wal_replay_lsn() >= %s", end) == [(True,)], "it has all")
 
     def promote(self):
         """Let the standby take the place of the primary, which is down."""
