@@ -2,21 +2,22 @@
 
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 import pytest
-from outages import end_listeners
+from outages import Proxy, end_listeners
 from pages import come_back, got, resets
 from pair import Pair, url_of
 from pooler import PgBouncer
 from programs import program
 from psycopg2.extensions import parse_dsn
 from relay import Relay, run
-from servers import execute, free_port, until
+from servers import PATIENCE, execute, free_port, until
 from team import Project
 from test_history import is_part, listeners, storm
 
-from tornado_relay import BrokerUnavailable
+from tornado_relay import BrokerError, BrokerUnavailable
 from tornado_relay.publish import open_publisher
 
 
@@ -196,6 +197,33 @@ def test_primary_whose_synchronous_standby_is_away_keeps_its_relay(pair, tmp_pat
         got(pages, come_back(pages, relay, channel, "earliest"), "kept")
         assert not pair.execute("SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
         assert "cannot be read" not in relay.log
+
+
+@pytest.mark.parametrize("held", ["the question before it", "the event"])
+def test_only_what_was_surely_not_sent_is_sent_again(lasting, monkeypatch, tmp_path, pages, channel, held):
+    """The first server goes away without a word; a publisher asks anew now and then whether there is a history."""
+    with (
+        Proxy(lasting.primary.port) as proxy,
+        Relay(tmp_path, "--workers", "1", DATABASE_URL=lasting.url) as relay,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        url = lasting.primary.url.replace("127.0.0.1:", f"127.0.0.1:{proxy.port},127.0.0.1:")
+        with closing(open_publisher("postgres", url)) as publisher:
+            if held != "the event":
+                monkeypatch.setattr("tornado_relay.brokers.postgres.publisher.REMEMBER_SECONDS", 0.0)
+            publisher.publish(channel, '{"data":"before"}')
+            proxy.freeze()
+            publishing = executor.submit(publisher.publish, channel, '{"data":"after"}')
+            until(proxy.holds.is_set, "something is on its way")
+            proxy.cut()
+            if held == "the event":
+                with pytest.raises(BrokerError, match="may be lost"):
+                    publishing.result(PATIENCE)
+            else:
+                publishing.result(PATIENCE)
+            publisher.publish(channel, '{"data":"last"}')
+        got(pages, page, *(["before", "last"] if held == "the event" else ["before", "after", "last"]))
 
 
 @pytest.fixture

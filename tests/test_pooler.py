@@ -49,6 +49,7 @@ def test_publishers_may_go_through_where_the_relay_does_not(pooler, tmp_path, pa
     urls = {"DATABASE_URL": pooler.url, "RELAY_LISTEN_DATABASE_URL": pooler.server.url}
     checked = run("check", cwd=tmp_path, **urls)
     assert checked.returncode == 0, checked.stdout
+    assert f"through the pooler at relay@127.0.0.1:{pooler.port}/relay" in checked.stdout
     with Relay(tmp_path, "--workers", "2", **urls) as relay:
         opened = pages.open(relay.port, [f"/channel={channel}"] * 4)
         with closing(open_publisher("postgres", pooler.url)) as publisher:
