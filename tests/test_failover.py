@@ -287,11 +287,9 @@ for number in range(1500):
 """
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
-def test_django_behind_a_pooler_that_follows_the_promotion(pair, home, tmp_path, pages, driver):
+def test_django_behind_a_pooler_that_follows_the_promotion(pair, home, tmp_path, pages):
     """In transaction mode: what Django committed arrives, large events too, once and in order, and no stream is told otherwise."""
     project = Project(tmp_path, pair.primary)
-    project.driver = driver
     project.run("migrate", "sse_relay")
     name = project.url.rpartition("/")[2]
 
