@@ -38,7 +38,11 @@ class Proxy:
         return self
 
     def __exit__(self, *_):
+        self.cut()
         self.flowing.set()
+
+    def cut(self):
+        """End all connections, with what they hold, and accept no more."""
         for each in self.sockets:
             try:
                 each.shutdown(socket.SHUT_RDWR)

@@ -62,7 +62,8 @@ class PostgresServer:
     def __init__(self, home, **options):
         # Durability is not what is tested here, and costs a commit its milliseconds.
         self.options = {"fsync": "off", "max_connections": "200", "log_statement": "all", **options}
-        self.cluster = Cluster(home / "postgresql", _postgres_binaries(home))
+        self.binaries = _postgres_binaries(home)
+        self.cluster = Cluster(home / "postgresql", self.binaries)
         self.cluster.create()
         self.start()
         self.cluster.create_database()

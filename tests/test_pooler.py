@@ -4,10 +4,12 @@ import re
 from contextlib import closing
 
 import pytest
+from pages import got
 from pooler import PgBouncer
 from programs import program
 from relay import Relay, run
 from servers import free_port
+from team import Project
 
 from tornado_relay.publish import open_publisher
 
@@ -49,6 +51,7 @@ def test_publishers_may_go_through_where_the_relay_does_not(pooler, tmp_path, pa
     urls = {"DATABASE_URL": pooler.url, "RELAY_LISTEN_DATABASE_URL": pooler.server.url}
     checked = run("check", cwd=tmp_path, **urls)
     assert checked.returncode == 0, checked.stdout
+    assert f"through the pooler at relay@127.0.0.1:{pooler.port}/relay" in checked.stdout
     with Relay(tmp_path, "--workers", "2", **urls) as relay:
         opened = pages.open(relay.port, [f"/channel={channel}"] * 4)
         with closing(open_publisher("postgres", pooler.url)) as publisher:
@@ -76,6 +79,20 @@ def test_history_is_added_to_through_the_pooler(pooler, tmp_path, pages, channel
             publisher.publish(channel, f'{{"data":"{data}"}}')
         (back,) = pages.open(relay.port, [page.path], {"Last-Event-ID": page.parser.last_event_id})
         pages.until(lambda: back.data == ["missed", "missed too"], "what was missed")
+
+
+@pytest.mark.parametrize("pooler", ["transaction"], indirect=True)
+def test_two_connections_of_django_share_a_session(pooler, tmp_path, pages, channel):
+    """psycopg 3 prepares what it runs often under names that the other has as well, unless Django forbids it, as it does."""
+    project = Project(tmp_path, pooler.server)
+    default = project.databases["default"]
+    default |= {"PORT": pooler.port, "OPTIONS": {"server_side_binding": True}}
+    project.databases["other"] = default
+    with Relay(tmp_path, "--workers", "1", DATABASE_URL=project.url) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        names = ("default", "other")
+        project.python(f"for n in range(20):\n    notify({channel!r}, {{'data': str(n)}}, using={names}[n % 2])\n")
+        got(pages, page, *map(str, range(20)))
 
 
 @session

@@ -87,6 +87,9 @@ class Replay:
         self._reopen = False
         # Where it ended when it was last read.
         self._head: Cursor | None = None
+        # Whether what this connection leads to has been seen to go on from there. Until then what comes live may be of
+        # a server that has not got all.
+        self._goes_on = False
         # Which connection it is: what was read over another one joins to nothing.
         self._session = 0
         # How many places the next read is for, at most.
@@ -173,13 +176,13 @@ class Replay:
         self._session += 1
         self._answer(BrokerUnavailable("the connection was lost"))
         if self.active:
-            self._head = self.newest
+            self._head = self.newest if self._goes_on else self._head
             self._behind.update(dict.fromkeys(cast("list[Stream]", self._hub.hold_all())))
 
     def back(self, again: bool) -> None:
         """Go on: all channels are listened to. ``again`` says that there was a connection before this one."""
         self.connected = True
-        self._spans = None
+        self._spans, self._goes_on = None, False
         if again and not self.active:
             self._hub.reset("broker-reconnect")
         # There may have been more of those that no history keeps.
@@ -223,7 +226,7 @@ class Replay:
         elif self._head and not self._spans.admits(self._head):
             log.error("the broker has lost events: its history does not go on from %s", self._head)
             self._hub.restart("history-lost", head.seq)
-        self.active, self._head = True, head
+        self.active, self._head, self._goes_on = True, head, True
 
     def _do_without(self) -> None:
         if self.active or self._spans is None:

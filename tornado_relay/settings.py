@@ -55,7 +55,7 @@ class Settings:
         "DATABASE_URL",
         "",
         values.text,
-        "PostgreSQL, such as postgresql://user:password@localhost:5432/database",
+        "PostgreSQL, such as postgresql://user:password@localhost:5432/database; several servers as host1:5432,host2:5432",
         secret=True,
     )
     listen_database_url: str = _setting(

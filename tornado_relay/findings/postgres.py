@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import RelayError
-from ..publish import open_publisher
 from ..schema import installed, versions
 from ..settings import Settings
 from .finding import FAILURE, OK, TIMEOUT, WARNING, Finding, of_clock, of_room
@@ -71,9 +70,10 @@ def of_postgres(settings: Settings, *, used: bool) -> Iterator[Finding]:
 
 def _event(settings: Settings, connection: Any, cursor: Any) -> str:
     from ..brokers.postgres import dsn  # noqa: PLC0415
+    from ..brokers.postgres.publisher import PostgresPublisher  # noqa: PLC0415
 
     channel = f"sse_relay_check_{secrets.token_hex(8)}"
-    publisher = open_publisher("postgres", settings.database_url)
+    publisher = PostgresPublisher(settings.database_url)
     try:
         cursor.execute("SHOW server_version")
         (version,) = cursor.fetchone() or ("?",)
@@ -91,7 +91,11 @@ def _event(settings: Settings, connection: Any, cursor: Any) -> str:
                 )
             connection.poll()
         taken = time.monotonic() - started
-        return f"{dsn.shown(settings.listen_url)}, version {version}: an event took {taken * 1000:.1f} ms"
+        place = dsn.shown(settings.listen_url)
+        if "," in place:
+            place += f", of which {connection.info.host}:{connection.info.port} takes writes"
+        way = f" through the pooler at {dsn.shown(settings.database_url)}" if publisher.pooled() else ""
+        return f"{place}, version {version}: an event took {taken * 1000:.1f} ms{way}"
     finally:
         publisher.close()
 

@@ -29,9 +29,12 @@ CREATE INDEX event_channel_own_id ON sse_relay.event (channel, own_id) WHERE own
 -- Rows come at one end and go at the other: dead ones must not pile up there.
 ALTER TABLE sse_relay.event SET (autovacuum_vacuum_scale_factor = 0.02);
 
--- Empty outside of transactions, so a crash, which empties it, takes nothing.
+-- Empty outside of transactions, so a crash, which empties it, takes nothing. Its numbers are logged all the same: a
+-- sequence that an unlogged table owns is unlogged as well from PostgreSQL 15 on, and 18.4 cannot read it after a standby
+-- was promoted ("bad magic number in sequence").
+CREATE SEQUENCE sse_relay.outbox_n;
 CREATE UNLOGGED TABLE sse_relay.outbox (
-    n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    n bigint PRIMARY KEY DEFAULT nextval('sse_relay.outbox_n'),
     channel text NOT NULL,
     payload text NOT NULL,
     own_id text,
@@ -42,7 +45,7 @@ CREATE UNLOGGED TABLE sse_relay.outbox (
 -- database was set back (a restored backup, a replica that had not got all), ids are drawn a second time, for other
 -- events, and those of the first time must not be taken for them.
 CREATE TABLE sse_relay.span (
-    n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    n bigint PRIMARY KEY,
     first_id bigint NOT NULL,
     token text NOT NULL UNIQUE,
     server_start timestamptz NOT NULL,
@@ -83,8 +86,11 @@ BEGIN
         WHEN newest.filenode <> node AND NOT EXISTS (SELECT FROM sse_relay.event)
             THEN greatest(s.pruned_through, (SELECT q.last_value FROM sse_relay.event_id q WHERE q.is_called))
         ELSE s.pruned_through END;
-    INSERT INTO sse_relay.span (first_id, token, server_start, filenode, database)
-        SELECT h.id + 1, left(md5(random()::text || clock_timestamp()), 8), pg_postmaster_start_time(), node, base
+    -- A standby that takes over can have a sequence of before the last events, where the database was made from a template:
+    -- CREATE DATABASE copies that 32 numbers to come are logged, but that log is the template's. So spans have none.
+    PERFORM setval('sse_relay.event_id', h.id) FROM sse_relay.head() h, sse_relay.event_id q WHERE q.last_value < h.id;
+    INSERT INTO sse_relay.span (n, first_id, token, server_start, filenode, database)
+        SELECT coalesce(newest.n, 0) + 1, h.id + 1, left(md5(random()::text || clock_timestamp()), 8), pg_postmaster_start_time(), node, base
         FROM sse_relay.head() h
         RETURNING token INTO newest.token;
     RETURN newest.token;

@@ -27,11 +27,16 @@ def complete(url: str, application_name: str) -> str:
     """
     Return ``url`` as a libpq connection string, with our defaults where it says nothing.
 
+    Of several servers the one is meant that takes writes: on a standby neither NOTIFY nor LISTEN works.
+
     Raises:
         SettingsError: If ``url`` is not one that libpq understands.
 
     """
-    options = {"application_name": application_name, **_DEFAULTS, **_options(url)}
+    given = _options(url)
+    options = {"application_name": application_name, **_DEFAULTS, **given}
+    if len(_servers(given)) > 1:
+        options.setdefault("target_session_attrs", "read-write")
     return str(make_dsn(**{**options, "client_encoding": "UTF8"}))
 
 
@@ -46,33 +51,32 @@ def addresses(dsn: str) -> list[str]:
         OSError: If no name has an address.
 
     """
-    options = _options(dsn)
-    hosts = str(options.get("host", "")).split(",")
-    if hosts == [""] or "hostaddr" in options:
-        return [dsn]
-    ports = str(options.get("port", 5432)).split(",")
-    ports = ports * len(hosts) if len(ports) == 1 else ports
     found, failed = [], OSError("no host")
-    for host, port in zip(hosts, ports, strict=False):
-        if not host or host.startswith(("/", "@")):  # a Unix socket's folder, or an abstract one
-            found.append(str(make_dsn(dsn, host=host, port=port)))
+    for server in _servers(_options(dsn)):
+        host = server.get("host", "")
+        # No name to look up: an address, a Unix socket's folder, or an abstract one.
+        if server.get("hostaddr") or not host or host.startswith(("/", "@")):
+            found.append(str(make_dsn(dsn, **server)))
             continue
         try:
             infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as exc:
             failed = OSError(f"{host}: {exc.strerror}")
             continue
-        found += [str(make_dsn(dsn, host=host, hostaddr=info[4][0], port=port)) for info in infos]
+        found += [str(make_dsn(dsn, **{**server, "hostaddr": info[4][0]})) for info in infos]
     if not found:
         raise failed
     return found
 
 
 def shown(url: str) -> str:
-    """Return where ``url`` leads, without its password: ``user@host:port/database``."""
+    """Return where ``url`` leads, without its password: ``user@host:port/database``, or ``user@host:port,host:port/database``."""
     options = _options(url)
-    host = options.get("host") or options.get("hostaddr") or "localhost"
-    return f"{options.get('user', '')}@{host}:{options.get('port', 5432)}/{options.get('dbname', '')}"
+    places = [
+        f"{server.get('host') or server.get('hostaddr') or 'localhost'}:{server.get('port') or 5432}"
+        for server in _servers(options)
+    ]
+    return f"{options.get('user', '')}@{','.join(places)}/{options.get('dbname', '')}"
 
 
 def _options(url: str) -> dict[str, Any]:
@@ -81,9 +85,25 @@ def _options(url: str) -> dict[str, Any]:
     except psycopg2.Error:
         options = {"port": "unreadable"}
     # Where a password holds a "/" or ":", libpq takes a piece of it for the port, and would show it.
-    if not all(port.isdigit() for port in str(options.get("port", 0)).split(",")):
+    # Of several servers each may leave its port out.
+    ports = str(options.get("port", 0)).split(",")
+    if not all(port.isdigit() or (not port and len(ports) > 1) for port in ports):
         raise SettingsError(
             "DATABASE_URL (or RELAY_LISTEN_DATABASE_URL) cannot be read; give postgresql://user:password@host:5432/database, "
             "with special characters of the password percent-encoded"
         )
     return options
+
+
+def _servers(options: dict[str, Any]) -> list[dict[str, str]]:
+    """Return what ``options`` say of each server: host, hostaddr, port (libpq, "Specifying Multiple Hosts")."""
+    lists = {key: str(options[key]).split(",") for key in ("host", "hostaddr", "port") if options.get(key)}
+    count = len(lists.get("hostaddr") or lists.get("host") or [""])
+    if len(lists.get("port", ())) == 1:
+        lists["port"] *= count
+    if any(len(values) != count for values in lists.values()):
+        raise SettingsError(
+            "DATABASE_URL (or RELAY_LISTEN_DATABASE_URL) does not name as many ports or addresses as hosts; "
+            "give one port for all, or postgresql://user:password@host1:5432,host2:5433/database"
+        )
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)] or [{}]

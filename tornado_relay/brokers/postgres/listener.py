@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from ...history.postgres import PostgresHistory
 from ..message import Message
 from ..subscriptions import Subscriptions
 from . import dsn, envelope
+from .publisher import notify_once
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +38,18 @@ PROBE_TIMEOUT = 5.0
 FETCH = 16
 _FETCH = "SELECT id, payload FROM sse_relay.event WHERE id = ANY(%s)"
 
-# A page of the history is read in the order of an index, and no more of it than is asked for. Compiling such a query
-# took a hundred times as long as running it.
-_SET_UP = "SET jit = off; SET enable_bitmapscan = off"
+# A page of the history is read in the order of an index, and no more of it than is asked for; compiling such a query took
+# a hundred times as long as running it. A probe, a deletion or a span that a crash takes is made again, so none waits for
+# a synchronous standby: where that is away, each would keep its session for as long, even one that we have given up.
+_SET_UP = "SET jit = off; SET enable_bitmapscan = off; SET synchronous_commit = off"
 
 _HAS_HISTORY = "SELECT to_regnamespace('sse_relay') IS NOT NULL"
 
 # A server that is starting, stopping or full will be another in a moment; every other FATAL at connect
 # (password, database, pg_hba.conf) needs a person. libpq gives no SQLSTATE here, only this text.
-_PASSING = ("starting up", "shutting down", "not yet accepting", "too many", "remaining connection slots", "recovery")
+_PASSING = re.compile(
+    "starting up|shutting down|not yet accepting|system is not accepting|too many|remaining connection slots|recovery"
+)
 
 
 class PostgresListener:
@@ -124,9 +129,8 @@ class PostgresListener:
     async def session(self, on_up: Callable[[], None]) -> None:
         """Connect, and read until the connection is lost, which raises."""
         try:
-            await self._connect()
-            await self._execute("LISTEN", [self._probe_channel])
-            await self._check_pooler()
+            address = await self._connect()
+            await self._check_pooler(address)
             await self._run(_SET_UP)
             if not self._reads_history and (await self._run(_HAS_HISTORY))[0][0]:
                 log.warning(
@@ -143,23 +147,29 @@ class PostgresListener:
         finally:
             self._disconnect()
 
-    async def _connect(self) -> None:
-        """Connect to the first address that lets us; raise why the last did not."""
+    async def _connect(self) -> str:
+        """Connect to the first address that lets us LISTEN, and return it; raise why none does."""
         errors: list[BrokerError] = []
-        for address in await asyncio.get_running_loop().run_in_executor(None, dsn.addresses, self._dsn):
+        addresses = await asyncio.get_running_loop().run_in_executor(None, dsn.addresses, self._dsn)
+        for address in addresses:
             try:
                 self._error = None
                 self._connection = psycopg2.connect(address, async_=True)
                 await asyncio.wait_for(self._finish_command(), CONNECT_TIMEOUT)
+                # A standby may let us in, and fails here.
+                await self._execute("LISTEN", [self._probe_channel])
             except asyncio.TimeoutError:
-                errors.append(BrokerUnavailable(f"no answer in {CONNECT_TIMEOUT:.0f} s"))
+                errors.append(BrokerUnavailable(f"no answer from {dsn.shown(address)} in time"))
             except psycopg2.Error as exc:
                 errors.append(_broker_error(exc))
             else:
-                return
+                if len(addresses) > 1:
+                    log.info("connected to %s", dsn.shown(address))
+                return address
             self._disconnect()
         # Of several servers one may refuse and another be away: then trying again can help.
-        raise next((error for error in errors if isinstance(error, BrokerUnavailable)), errors[-1])
+        kind = next((type(error) for error in errors if isinstance(error, BrokerUnavailable)), BrokerRefused)
+        raise kind("; ".join(dict.fromkeys(map(str, errors))))
 
     def _disconnect(self) -> None:
         self._unwatch()
@@ -228,7 +238,7 @@ class PostgresListener:
                 "set RELAY_LISTEN_DATABASE_URL to the server itself"
             ) from exc
 
-    async def _check_pooler(self) -> None:
+    async def _check_pooler(self, address: str) -> None:
         """
         Fail if a pooler gives our LISTEN to whatever session is free.
 
@@ -240,7 +250,7 @@ class PostgresListener:
         if pid == self._connection.info.backend_pid:
             return
         self._probed = asyncio.get_running_loop().create_future()
-        notifying = asyncio.get_running_loop().run_in_executor(None, _notify_once, self._dsn, self._probe_channel)
+        notifying = asyncio.get_running_loop().run_in_executor(None, notify_once, address, self._probe_channel)
         try:
             await asyncio.wait_for(notifying, ANSWER_TIMEOUT)
         except asyncio.TimeoutError as exc:
@@ -385,15 +395,5 @@ class PostgresListener:
 
 def _broker_error(error: Exception) -> BrokerError:
     text = " ".join(str(error).split()) or type(error).__name__
-    refused = "FATAL:" in text and not any(word in text for word in _PASSING)
+    refused = "FATAL:" in text and not _PASSING.search(text)
     return (BrokerRefused if refused else BrokerUnavailable)(text)
-
-
-def _notify_once(address: str, channel: str) -> None:
-    connection = psycopg2.connect(address)
-    try:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_notify(%s, '')", (channel,))
-    finally:
-        connection.close()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg2
+from psycopg2.errors import ReadOnlySqlTransaction
 
 from ... import events
 from ...errors import BrokerError, BrokerRefused, BrokerUnavailable, PayloadTooLarge
@@ -80,7 +81,8 @@ class PostgresPublisher:
     One autocommit connection per process, opened by the first `publish`.
 
     Threads take turns on it. A forked child opens its own. A connection that died since the last call,
-    as in a server restart, is replaced before anything is sent on it.
+    as in a server restart, is replaced before anything is sent on it, and so is one whose server has become
+    a standby behind a pooler. An event that may have been sent is not sent again.
     """
 
     def __init__(self, url: str) -> None:
@@ -100,8 +102,14 @@ class PostgresPublisher:
                 or if PostgreSQL refused it.
 
         """
-        with self._cursor() as cursor:
-            execute(cursor, self._dsn, channel, payload, own_id)
+        try:
+            with self._cursor() as cursor:
+                execute(cursor, self._dsn, channel, payload, own_id)
+        except BrokerError as exc:
+            if not isinstance(exc.__cause__, ReadOnlySqlTransaction):
+                raise
+            with self._cursor() as cursor:  # of another connection: a standby has taken nothing
+                execute(cursor, self._dsn, channel, payload, own_id)
 
     def check(self, channel: str, payload: str) -> None:
         """Raise now what `publish` would of an event's size: PayloadTooLarge."""
@@ -124,17 +132,25 @@ class PostgresPublisher:
         with self._cursor() as cursor:
             return newest(cursor, self._dsn)
 
+    def pooled(self) -> bool:
+        """Return whether a pooler is in between: it invents the process id that it tells its clients."""
+        with self._cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            return bool(cursor.fetchone()[0] != self._connection.info.backend_pid)
+
     @contextmanager
     def _cursor(self) -> Iterator[Any]:
         with self._lock:
-            if self._connection is None or not _alive(self._connection):
+            if self._connection is None or not self._answers():
                 self._connect()
             try:
                 with self._connection.cursor() as cursor:
                     yield cursor
             except psycopg2.Error as exc:
                 _known.pop(self._dsn, None)
-                if self._connection.closed:
+                if isinstance(exc, ReadOnlySqlTransaction):
+                    self._connection.close()
+                elif self._connection.closed:
                     raise BrokerError(f"PostgreSQL went away while an event was sent, it may be lost: {exc}") from exc
                 raise BrokerError(f"PostgreSQL did not take the event: {exc}") from exc
 
@@ -144,6 +160,17 @@ class PostgresPublisher:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
+
+    def _answers(self) -> bool:
+        """Whether the connection is alive; what `execute` would ask first is asked here, before there is anything to lose."""
+        if not _alive(self._connection):
+            return False
+        try:
+            with self._connection.cursor() as cursor:
+                _keeps_history(cursor, self._dsn)
+        except psycopg2.Error:
+            return False
+        return True
 
     def _connect(self) -> None:
         self._connection = None
@@ -173,3 +200,15 @@ def _alive(connection: Any) -> bool:
     except psycopg2.Error:
         return False
     return True
+
+
+def notify_once(address: str, channel: str) -> None:
+    """Send an empty NOTIFY from a session of its own, which does not wait for a synchronous standby."""
+    connection = psycopg2.connect(address)
+    try:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            # For this transaction alone: a pooler lends the session for no longer.
+            cursor.execute("SELECT set_config('synchronous_commit', 'off', true), pg_notify(%s, '')", (channel,))
+    finally:
+        connection.close()
