@@ -36,6 +36,11 @@ class Waiting:
         """Forget a connection that has a request, or has ended."""
         self._connections.pop(connection, None)
 
+    def any_since(self, time: float) -> bool:
+        """Return whether one has begun to wait at ``time`` or later."""
+        newest = next(reversed(self._connections), None)
+        return newest is not None and self._connections[newest][0] >= time
+
     def close_oldest(self, before: float) -> bool:
         """Close the one that has waited for longest, and return True, if it has since ``before`` or earlier."""
         oldest = next(iter(self._connections), None)

@@ -47,6 +47,8 @@ TICK = 1.0
 REQUEST_SECONDS = 30.0
 """How long a client may take to send its request, and how long a connection may be kept between two."""
 MAX_HEADER = 65_536
+# A request comes so soon after its connection: who has just been accepted is to be answered, also by a worker that stops.
+ARRIVAL_SECONDS = 1.0
 _DRAIN_STEP = 0.02
 
 
@@ -256,6 +258,12 @@ class Worker:
             subscriber.end("drain", random.randint(*RETRY))
         if self.desk:
             self.desk.stop()
+        while (
+            not self._hurry.is_set()
+            and time.monotonic() - begin < ARRIVAL_SECONDS
+            and self.relay.waiting.any_since(begin - ARRIVAL_SECONDS)
+        ):
+            await asyncio.sleep(_DRAIN_STEP)
         await self.relay.settle()
         await asyncio.sleep(0)  # the streams' close callbacks
 
