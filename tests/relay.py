@@ -14,7 +14,19 @@ from servers import PATIENCE, free_port, until
 
 COMMAND = str(Path(sys.executable).with_name("sse-relay-server"))
 ROOT = Path(__file__).parent.parent
-_OURS = re.compile("RELAY_|REDIS_URL|DATABASE_URL|ALLOWED_ORIGINS|LOG_|DJANGO_|NOTIFY_SOCKET|WATCHDOG_")
+# What systemd does before it starts a service: the sockets from descriptor 3 on, and the variables.
+GIVE = """
+import fcntl, os, sys
+count, pid, command = int(sys.argv[1]), os.environ.pop("LISTEN_PID", None), sys.argv[2:]
+moved = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 200) for fd in command[:count]]
+for fd in command[:count]:
+    os.close(int(fd))
+for number, fd in enumerate(moved):
+    os.dup2(fd, 3 + number)
+    os.close(fd)
+os.execvpe(command[count], command[count:], {**os.environ, "LISTEN_PID": pid or str(os.getpid())})
+"""
+_OURS = re.compile("RELAY_|REDIS_URL|DATABASE_URL|ALLOWED_ORIGINS|LOG_|DJANGO_|NOTIFY_SOCKET|WATCHDOG_|LISTEN_")
 
 
 def environment(**more):
@@ -35,14 +47,23 @@ def run(*arguments, cwd, timeout=60, **env):
     )
 
 
+def giving(sockets, command=(COMMAND,)):
+    """The command as systemd starts it with ``sockets``; LISTEN_FDNAMES is the caller's."""
+    descriptors = [str(each.fileno()) for each in sockets]
+    return sys.executable, "-c", GIVE, str(len(descriptors)), *descriptors, *command
+
+
 class Relay:
     """A serving relay; used as a context manager, so that none is left behind."""
 
-    def __init__(self, home, *flags, port=0, unix_socket="", drain="0.5", command=(COMMAND,), **env):
+    def __init__(self, home, *flags, port=0, unix_socket="", drain="0.5", command=(COMMAND,), given=(), **env):
         self.home = home
         self.log_path = home / f"relay-{os.urandom(4).hex()}.log"
         self.unix_socket = unix_socket
         address = ["--unix-socket", unix_socket] if unix_socket else ["--host", "127.0.0.1", "--port", str(port)]
+        if given:
+            address, command = [], giving(given, command)
+            env = {"LISTEN_FDS": str(len(given)), **env}
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, *address, *(["--drain-seconds", drain] if drain else []), *map(str, flags)],
@@ -51,6 +72,7 @@ class Relay:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                pass_fds=[each.fileno() for each in given],
             )
 
     def __enter__(self):

@@ -130,7 +130,9 @@ def test_access_log_is_there_at_any_level(redis_server, tmp_path, pages):
             assert relay.log.count('"GET /healthz" 200') == expected
     with Relay(tmp_path, "--workers", "1", "--log-access", **redis_server.environment) as relay:
         (tmp_path / ".env").write_text("LOG_LEVEL=ERROR\n")
+        (old,) = relay.workers()
         relay.signal(signal.SIGHUP)
+        until(lambda: relay.workers() and old not in relay.workers(), "the old worker is gone")
 
         def logged():
             httpx.get(f"{relay.url}/readyz")

@@ -108,7 +108,7 @@ def test_sighup_with_a_broker_that_refuses_keeps_the_old_workers(tmp_path, pages
         (page,) = pages.open(relay.port, ["/channel=x"])
         env_file.write_text(f"DATABASE_URL={re.sub(':[^:@]+@', ':wrong@', postgres_server.url)}\n")
         relay.signal(signal.SIGHUP)
-        until(lambda: "reload stopped" in relay.log, "the refusal")
+        until(lambda: "reload refused" in relay.log, "the refusal")
         assert "password authentication failed" in relay.log
         assert relay.workers() == before
         assert not page.closed
@@ -121,7 +121,7 @@ def test_settings_of_a_reload_that_failed_are_not_used_later(tmp_path, pages, po
     with Relay(tmp_path, "--workers", "2", "--env-file", env_file) as relay:
         env_file.write_text(f"DATABASE_URL={re.sub(':[^:@]+@', ':wrong@', postgres_server.url)}\n")
         relay.signal(signal.SIGHUP)
-        until(lambda: "reload stopped" in relay.log, "the refusal")
+        until(lambda: "reload refused" in relay.log, "the refusal")
         os.kill(relay.workers()[0], signal.SIGKILL)
         until(lambda: relay.log.count("PostgreSQL connected") == 3, "the next worker serves")
 
@@ -337,7 +337,7 @@ def test_relay_that_ends_leaves_the_socket_of_its_successor(redis_server, tmp_pa
             assert page.status == 200
 
 
-def test_pid_1_reaps_orphans_and_ends_on_sigterm(redis_server, tmp_path):
+def test_pid_1_reaps_orphans_reloads_and_ends_on_sigterm(redis_server, tmp_path):
     """As in a container without an init: the command is process 1 of a PID namespace."""
     probe = subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, check=False)
     if probe.returncode:
@@ -365,6 +365,8 @@ os.execv({COMMAND!r}, [{COMMAND!r}, "--host", "127.0.0.1", "--port", "{free_port
             return Path(f"/proc/{first}/task/{first}/children").read_text().split()
 
         until(lambda: len(children()) == 2 and all(state(pid) != "Z" for pid in children()), "the orphan is reaped")
+        os.kill(first, signal.SIGHUP)
+        until(lambda: " reloaded" in log.read_text(), "a reload, too, is of the same process")
         os.kill(first, signal.SIGTERM)
         assert process.wait(10) == 0
     finally:

@@ -25,6 +25,7 @@ from . import (
     events,
     eventsource,
     findings,
+    handover,
     logs,
     schema,
     settings,
@@ -34,6 +35,7 @@ from . import (
 )
 from .errors import RelayError, SettingsError
 from .findings import FAILURE, OK, WARNING, Finding
+from .process import Report
 from .publish import open_publisher
 from .settings import FIELDS, Settings
 from .supervisor import Supervisor
@@ -101,44 +103,71 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     # The one command that needs Tornado. Loaded before the fork, so that the workers share it.
     from . import worker  # noqa: PLC0415
 
+    inherited = handover.received(settings.handed_over())
+    if inherited and inherited.report >= 0:
+        return _on_trial(load, inherited)
     # Until the supervisor takes over, a SIGTERM must still end what has been started here.
     signal.signal(signal.SIGTERM, _terminated)
-    current = load()
+    current = inherited.settings() if inherited else load()
     _hide_secrets()
-    from_systemd = settings.systemd_variables()
-    journal = systemd.reads_stderr(from_systemd)
-    logs.setup(current.log_level, current.log_format, journal=journal)
-    for line in settings.misspelt_variables(env_file):
-        log.warning("%s", line)
-    with _embedded(current) as database_url:
+    variables = settings.systemd_variables()
+    logs.setup(current.log_level, current.log_format, journal=systemd.reads_stderr(variables))
+    public, admin = systemd.given(variables)
+    if not inherited:
+        for line in settings.misspelt_variables(env_file):
+            log.warning("%s", line)
+    with _embedded(current, inherited) as (cluster, ours):
+        if inherited:
+            log.info("version %s has taken over, and replaces the workers", __version__)
+            listening = inherited.listening()
+        else:
+            current = _complete(current, cluster)
+            _warn_if_open(current)
+            _raise_descriptor_limit()
+            listening = sockets.listen(current, public, admin)
+            if cluster:
+                _show_first_steps(current, listening.groups[0][0], cluster.url)
+        notifier = systemd.Notifier(variables)
+        before = inherited.admin[1:] if inherited and inherited.admin else None
+        with sockets.admin(listening.admin, len(listening.groups), before) as desk:
+            supervisor = Supervisor(
+                current, listening, worker.run, notifier, admin=desk, embedded=ours, inherited=inherited
+            )
+            return supervisor.run()
 
-        def complete(loaded: Settings) -> Settings:
-            if database_url:
-                loaded = dataclasses.replace(loaded, database_url=database_url, listen_database_url="", redis_url="")
-            _require_broker(loaded)
-            worker.check_settings(loaded)
-            return loaded
 
-        def reload() -> Settings:
-            fresh = complete(load())
-            logs.setup(fresh.log_level, fresh.log_format, journal=journal)
-            return fresh
+def _on_trial(load: Callable[[], Settings], inherited: handover.Handover) -> int:
+    """Find out for the supervisor, which wants to reload, whether a worker can serve with what there is now."""
+    from . import worker  # noqa: PLC0415
 
-        current = complete(current)
-        _warn_if_open(current)
-        if 0 < len(current.jwt_secret.encode()) < tokens.MIN_SECRET_BYTES:
-            log.warning("RELAY_JWT_SECRET can be guessed: it has less than %d bytes", tokens.MIN_SECRET_BYTES)
-        _raise_descriptor_limit()
-        listeners = (
-            sockets.bind_unix(current.unix_socket, current.worker_count)
-            if current.unix_socket
-            else sockets.bind(current.host, current.port, current.worker_count)
-        )
-        if database_url:
-            _show_first_steps(current, listeners[0][0], database_url)
-        notifier = systemd.Notifier(from_systemd)
-        with sockets.admin(current.admin_host, current.admin_port, current.worker_count) as admin:
-            return Supervisor(current, listeners, worker.run, reload, notifier, admin=admin).run()
+    report = Report(inherited.report)
+    try:
+        fresh, changed = inherited.keep_fixed(load())
+        journal = systemd.reads_stderr(settings.systemd_variables())
+        logs.setup(fresh.log_level, fresh.log_format, journal=journal)
+        for name in changed:
+            log.warning("%s changed: that takes a restart, a reload keeps the old one", name)
+        logging.disable(logging.INFO)
+        fresh = _complete(fresh, _cluster(fresh) if fresh.embedded else None)
+    except SettingsError as exc:
+        report(str(exc))
+        return 2
+    status = worker.rehearse(fresh, report)
+    inherited.leave_settings(fresh)
+    return status
+
+
+def _complete(loaded: Settings, cluster: embedded.Cluster | None) -> Settings:
+    """Return the settings with the embedded PostgreSQL's URL, once all is in them that a worker needs."""
+    from . import worker  # noqa: PLC0415
+
+    if cluster:
+        loaded = dataclasses.replace(loaded, database_url=cluster.url, listen_database_url="", redis_url="")
+    _require_broker(loaded)
+    worker.check_settings(loaded)
+    if 0 < len(loaded.jwt_secret.encode()) < tokens.MIN_SECRET_BYTES:
+        log.warning("RELAY_JWT_SECRET can be guessed: it has less than %d bytes", tokens.MIN_SECRET_BYTES)
+    return loaded
 
 
 def _terminated(*_: object) -> NoReturn:
@@ -214,24 +243,32 @@ def _check(load: Callable[[], Settings], url: str, *, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-@contextmanager
-def _embedded(current: Settings) -> Iterator[str | None]:
-    """Run the relay's own PostgreSQL meanwhile, if asked for, and yield its URL."""
-    if not current.embedded:
-        yield None
-        return
+def _cluster(current: Settings) -> embedded.Cluster:
     home = Path(current.embedded_dir) if current.embedded_dir else embedded.default_home()
-    cluster = embedded.Cluster(home, embedded.wheel_binaries(home))
-    if not cluster.exists:
-        print(f"Setting up a PostgreSQL in {cluster.home} (some seconds, once) ...", flush=True)
-        cluster.create()
-    ours = not cluster.running
+    return embedded.Cluster(home, embedded.wheel_binaries(home))
+
+
+@contextmanager
+def _embedded(current: Settings, inherited: handover.Handover | None) -> Iterator[tuple[embedded.Cluster | None, bool]]:
+    """Run the relay's own PostgreSQL meanwhile, if asked for, and yield it, and whether it is ours to stop."""
+    if not current.embedded:
+        yield None, False
+        return
+    cluster = _cluster(current)
+    if inherited:
+        ours = inherited.embedded
+    else:
+        if not cluster.exists:
+            print(f"Setting up a PostgreSQL in {cluster.home} (some seconds, once) ...", flush=True)
+            cluster.create()
+        ours = not cluster.running
     try:
-        if ours:
-            print(f"Starting the PostgreSQL in {cluster.home} ...", flush=True)
-            cluster.start()
-        cluster.create_database()
-        yield cluster.url
+        if not inherited:
+            if ours:
+                print(f"Starting the PostgreSQL in {cluster.home} ...", flush=True)
+                cluster.start()
+            cluster.create_database()
+        yield cluster, ours
     finally:
         if ours:
             cluster.stop()
@@ -239,7 +276,7 @@ def _embedded(current: Settings) -> Iterator[str | None]:
 
 def _show_first_steps(current: Settings, listener: socket.socket, url: str) -> None:
     print(f"\nGive this to Django:\n\n    DATABASE_URL={url}\n", flush=True)
-    if current.debug and not current.unix_socket:
+    if current.debug and listener.family != socket.AF_UNIX:
         program = sys.argv[0] if not sys.argv[0].endswith(".py") else f"{sys.executable} -m tornado_relay"
         print(
             f"Open this page:\n\n    http://127.0.0.1:{listener.getsockname()[1]}/?channel=demo\n\n"

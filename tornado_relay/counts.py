@@ -6,7 +6,9 @@ which counts on in it: the sum over all rows never falls, and what a worker that
 
 from __future__ import annotations
 
+import hashlib
 import mmap
+import os
 from bisect import bisect_left
 from time import monotonic
 
@@ -155,6 +157,8 @@ _OWN = (*GAUGES, NUMBER, PID, BEGAN, TICKED)
 _ROW = 0
 for _metric in (*METRICS, *_OWN):
     _ROW = _metric.place(_ROW)
+LAYOUT = hashlib.sha256(repr([(each.name, each.at, each.bounds) for each in (*METRICS, *_OWN)]).encode()).hexdigest()
+"""What tells a row of these metrics from one of others."""
 # For what is counted at each event.
 _EVENTS, _DELIVERIES, _BYTES = (metric.at[""] for metric in (EVENTS, DELIVERIES, BYTES))
 
@@ -244,11 +248,17 @@ class Ledger:
 
     Args:
         rows: How many there may be at a time.
+        descriptor: The memory of another one with as many rows, to count on in if `LAYOUT` is that ``layout``: of another
+            version it may be another, and what is counted begins anew.
 
     """
 
-    def __init__(self, rows: int) -> None:
-        self.cells = memoryview(mmap.mmap(-1, rows * _ROW * 8)).cast("d")
+    def __init__(self, rows: int, descriptor: int = -1, layout: str = "") -> None:
+        if layout != LAYOUT:
+            descriptor = os.memfd_create("ledger")
+            os.ftruncate(descriptor, rows * _ROW * 8)
+        self.descriptor = descriptor
+        self.cells = memoryview(mmap.mmap(descriptor, rows * _ROW * 8)).cast("d")
         self._rows = rows
 
     def rows(self) -> list[Counts]:

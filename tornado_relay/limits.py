@@ -6,15 +6,21 @@ those of all, so there is no lock; the parent empties the row of a worker that h
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import mmap
+import os
 import resource
+import secrets
+from collections.abc import Collection
 from typing import NamedTuple
 
 # Counters for addresses in a row. An address has two of them, shared with others, and its count is the smaller one: it
 # is never less than the true one, and seldom more (a count-min sketch).
 CELLS = 65_536
 _ROW = 1 + 2 * CELLS
+# The secret of the addresses' hashes: nobody can choose addresses that collide.
+_KEY_BYTES = 16
 
 # A worker's own descriptors: its sockets, the broker's connections, those to the application.
 OWN_DESCRIPTORS = 64
@@ -22,6 +28,8 @@ OWN_DESCRIPTORS = 64
 MAX_WAITING = 4096
 # More than a server takes in at once: it looks at none of them before it has taken all of these.
 MIN_SHARE = 64
+# So many streams more than the others have on average is no reason to leave the next one to them.
+SLACK = 8
 
 
 class Tally:
@@ -30,14 +38,22 @@ class Tally:
 
     Args:
         rows: How many processes may count at a time.
+        descriptor: The memory of another one with as many rows, to go on with.
+        taken: The rows that are taken there.
 
     """
 
-    def __init__(self, rows: int) -> None:
-        self._memory = mmap.mmap(-1, rows * _ROW * 4)
-        self.counters = memoryview(self._memory).cast("I")
+    def __init__(self, rows: int, descriptor: int | None = None, taken: Collection[int] = ()) -> None:
+        size = _KEY_BYTES + rows * _ROW * 4
+        self.descriptor = os.memfd_create("tally") if descriptor is None else descriptor
+        os.ftruncate(self.descriptor, size)
+        memory = memoryview(mmap.mmap(self.descriptor, size))
+        if descriptor is None:
+            memory[:_KEY_BYTES] = secrets.token_bytes(_KEY_BYTES)
+        self.key = bytes(memory[:_KEY_BYTES])
+        self.counters = memory[_KEY_BYTES:].cast("I")
         self.rows = rows
-        self._free = list(range(rows))
+        self._free = [row for row in range(rows) if row not in taken]
 
     def take_row(self) -> int:
         """
@@ -81,6 +97,7 @@ class Seats:
 
     def __init__(self, tally: Tally, row: int, limit: int, limit_per_client: int, limit_here: int = 0) -> None:
         self._counters = tally.counters
+        self._key = tally.key
         self._starts = range(0, tally.rows * _ROW, _ROW)
         self._own = row * _ROW
         self._limit = limit
@@ -103,7 +120,7 @@ class Seats:
             text = f"the worker has descriptors for {self._limit_here} streams (LimitNOFILE, ulimit -n)"
             return Full("descriptors", text)
         if self._limit_per_client and client:
-            first, second = _cells(client)
+            first, second = self._cells(client)
             if min(self._sum(first), self._sum(second)) > self._limit_per_client:
                 self._add(client, -1)
                 return Full("address", f"{client} has {self._limit_per_client} streams (RELAY_MAX_CONNECTIONS_PER_IP)")
@@ -113,14 +130,22 @@ class Seats:
         """End what `take` counted."""
         self._add(client, -1)
 
+    def ahead(self, workers: int) -> bool:
+        """Return whether this worker has more streams than its share, where there are so many workers."""
+        return self._counters[self._own] > self._sum(0) / workers + SLACK
+
     def _add(self, client: str, number: int) -> None:
         self._counters[self._own] += number
         if self._limit_per_client and client:
-            for cell in _cells(client):
+            for cell in self._cells(client):
                 self._counters[self._own + cell] += number
 
     def _sum(self, cell: int) -> int:
         return sum(self._counters[start + cell] for start in self._starts)
+
+    def _cells(self, client: str) -> tuple[int, int]:
+        digest = int.from_bytes(hashlib.blake2b(client.encode(), digest_size=8, key=self._key).digest(), "little")
+        return 1 + digest % CELLS, 1 + CELLS + (digest >> 16) % CELLS
 
 
 def descriptor_limit() -> int:
@@ -140,10 +165,3 @@ def network_of(address: str) -> str:
     if ":" not in address:
         return address
     return str(ipaddress.ip_network(f"{address}/64", strict=False))
-
-
-def _cells(client: str) -> tuple[int, int]:
-    # Python's hash of a text has a secret of the parent's, which its forks share: nobody can choose addresses that
-    # collide. Two parts of one hash are independent of each other; hashes of tuples are not.
-    digest = hash(client)
-    return 1 + digest % CELLS, 1 + CELLS + (digest >> 16) % CELLS

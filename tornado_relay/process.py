@@ -22,53 +22,61 @@ START_SECONDS = 60.0
 # What a worker gets beyond its drain before it is killed.
 GRACE_SECONDS = 5.0
 
-Run = Callable[[Callable[[], None], Callable[[str], None]], int]
+
+class Report:
+    """
+    Says once how a start went: an empty text is that the worker serves, another one is why it cannot.
+
+    Args:
+        pipe: Where its parent reads.
+
+    """
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def __call__(self, trouble: str) -> None:
+        """Say it."""
+        os.write(self.pipe, (trouble or "ready").encode()[:4096])
+        os.close(self.pipe)
+
+
+Run = Callable[[Callable[[], None], Report], int]
+"""What a worker does: called with ``beat``, by which its loop shows that it turns; returns the exit status."""
 
 
 class Process:
     """
-    A worker, as its parent sees it.
+    A worker, as its parent sees it; `fork` makes one.
 
     Args:
-        run: Called in the child with ``beat``, by which the loop shows that it turns, and ``report``, which
-            takes an empty text once it serves or else the reason why not; returns the exit status.
-        close: What the child must not keep open: the listening sockets of others, their pipes.
+        pulse: A memfd (memfd_create(2)) that is shared with it: when its loop last turned.
+        pipe: Here it says, once, that it serves, or why it cannot; -1 after that.
         drain_seconds: How long it may take to end.
-
-    Raises:
-        OSError: If there can be no more processes.
+        row: Where it counts its streams, see `limits.Tally`.
+        pid: Its process id, if it has been there before this parent was.
 
     """
 
-    def __init__(self, run: Run, close: Iterable[Callable[[], None]], drain_seconds: float) -> None:
+    def __init__(self, pulse: int, pipe: int, drain_seconds: float, row: int, pid: int = 0) -> None:
+        self.pid = pid
+        self.pulse = pulse
+        self.pipe = pipe
         self.drain_seconds = drain_seconds
+        self.row = row
         self.started = time.monotonic()
-        self.ready = False
+        self.ready = pid > 0 and pipe < 0
         # Whether it is killed for a loop that does not turn.
         self.stuck = False
-        # Where it counts its streams, see `limits.Tally`.
-        self.row = -1
         # Why it cannot serve, in its own words.
         self.trouble = ""
         # When it was told to end.
         self.leaving_since: float | None = None
-        # Shared with it: when its loop last turned.
-        self._pulse = mmap.mmap(-1, 8)
-        struct.pack_into("d", self._pulse, 0, self.started)
-        # Here it says, once, that it serves, or why it cannot; -1 after that.
-        self.pipe, write = os.pipe()
-        # A signal for the child must not be written to the parent's wakeup pipe, which it has until then.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            self.pid = os.fork()
-            if self.pid == 0:
-                self._become_worker(run, write, close)
-        except OSError:
-            self.close()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            os.close(write)
+        self._memory = mmap.mmap(pulse, 8)
+
+    def beat(self) -> None:
+        """Note that the loop turns."""
+        struct.pack_into("d", self._memory, 0, time.monotonic())
 
     def read_report(self) -> None:
         """Take in what it has reported; an end of file without a word is left to its exit status."""
@@ -95,7 +103,7 @@ class Process:
             and now - max(self.leaving_since, steady_since) > self.drain_seconds + GRACE_SECONDS
         ):
             return "does not end"
-        silent = now - max(struct.unpack_from("d", self._pulse)[0], steady_since)
+        silent = now - max(struct.unpack_from("d", self._memory)[0], steady_since)
         if silent > (STUCK_SECONDS if self.ready else START_SECONDS):
             return f"is stuck for {silent:.0f} s"
         return None
@@ -109,35 +117,63 @@ class Process:
 
     def close(self) -> None:
         """Let go of what was shared with it."""
-        self._pulse.close()
+        self._memory.close()
+        os.close(self.pulse)
         if self.pipe >= 0:
             os.close(self.pipe)
             self.pipe = -1
 
-    def _become_worker(self, run: Run, pipe: int, close: Iterable[Callable[[], None]]) -> NoReturn:
-        status = 1
-        try:
-            signal.set_wakeup_fd(-1)
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            os.close(self.pipe)
-            for each in close:
-                each()
 
-            def beat() -> None:
-                struct.pack_into("d", self._pulse, 0, time.monotonic())
+def fork(run: Run, close: Iterable[Callable[[], None]], drain_seconds: float, row: int = -1) -> Process:
+    """
+    Return a new worker.
 
-            def report(trouble: str) -> None:
-                os.write(pipe, (trouble or "ready").encode()[:4096])
-                os.close(pipe)
+    Args:
+        run: What it does.
+        close: What it must not keep open: the listening sockets of others, their pipes.
+        drain_seconds: How long it may take to end.
+        row: Where it counts its streams.
 
-            status = run(beat, report)
-        except BaseException:
-            log.critical("a worker failed", exc_info=True)
-        finally:
-            logging.shutdown()
-            os._exit(status)
+    Raises:
+        OSError: If there can be no more processes.
+
+    """
+    pulse = os.memfd_create("pulse")
+    os.ftruncate(pulse, 8)
+    pipe, write = os.pipe()
+    process = Process(pulse, pipe, drain_seconds, row)
+    process.beat()
+    # A signal for the child must not be written to the parent's wakeup pipe, which it has until then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process.pid = os.fork()
+        if process.pid == 0:
+            _become_worker(process, run, write, close)
+    except OSError:
+        process.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        os.close(write)
+    return process
+
+
+def _become_worker(process: Process, run: Run, write: int, close: Iterable[Callable[[], None]]) -> NoReturn:
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        os.close(process.pipe)
+        for each in close:
+            each()
+        status = run(process.beat, Report(write))
+    except BaseException:
+        log.critical("a worker failed", exc_info=True)
+    finally:
+        logging.shutdown()
+        os._exit(status)
 
 
 def died(status: int) -> str:

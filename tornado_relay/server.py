@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 BATCH = 16
 # A request that has come in one piece is served within a few turns of the loop.
 AT_ONCE_SECONDS = 0.1
+# For so long a worker with more streams than its share leaves what comes by a shared socket to the others.
+YIELD_SECONDS = 0.005
+# What it takes then all the same, since the others may be stuck.
+YIELD_BATCH = 4
 # What is tried again, and said again, when there is no room for a connection.
 PAUSE_SECONDS = 0.5
 QUIET_SECONDS = 60.0
@@ -89,10 +93,17 @@ class Server(HTTPServer):
         self._entry = entry
         self._listeners: list[socket.socket] = []
         self._quiet_until = 0.0
+        self._ahead: Callable[[], bool] = lambda: False
 
-    def listen_on(self, listeners: list[socket.socket]) -> None:
-        """Accept connections on these bound sockets."""
+    def listen_on(self, listeners: list[socket.socket], ahead: Callable[[], bool] = lambda: False) -> None:
+        """
+        Accept connections on these bound sockets.
+
+        The kernel spreads them over sockets with SO_REUSEPORT; of one without, which other workers accept on as well,
+        a worker that is ``ahead`` lets them take the next. They have been woken up with it.
+        """
         self._listeners = listeners
+        self._ahead = ahead
         self._accept_from_now()
 
     def stop(self) -> None:
@@ -120,14 +131,28 @@ class Server(HTTPServer):
 
     def _accept_from_now(self) -> None:
         for listener in self._listeners:
-            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+            shared = not listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+            asyncio.get_running_loop().add_reader(listener, self._accept_or_yield if shared else self._accept, listener)
 
     def _pause(self) -> None:
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener)
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(BATCH):
+    def _accept_or_yield(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        if self._ahead():
+            loop.remove_reader(listener)
+            loop.call_later(YIELD_SECONDS, self._accept_after_all, listener)
+        else:
+            self._accept(listener, 1)
+
+    def _accept_after_all(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener, self._accept_or_yield, listener)
+            self._accept(listener, YIELD_BATCH)
+
+    def _accept(self, listener: socket.socket, batch: int = BATCH) -> None:
+        for _ in range(batch):
             try:
                 connection, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):

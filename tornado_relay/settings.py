@@ -20,6 +20,8 @@ from typing import Any
 from . import project, values
 from .errors import SettingsError
 
+HANDOVER = "SSE_RELAY_HANDOVER"
+"""Where a process that starts itself anew leaves what it goes on with, see `handover`."""
 TRACE = 5
 LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
 
@@ -338,12 +340,21 @@ def misspelt_variables(env_file: str | None) -> list[str]:
     return lines
 
 
-_SYSTEMD = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM")
+_GIVEN = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+_SYSTEMD = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM", *_GIVEN)
 
 
 def systemd_variables() -> dict[str, str]:
-    """Return what systemd tells a service in its environment."""
-    return {name: os.environ[name] for name in _SYSTEMD if name in os.environ}
+    """Return what systemd tells a service in its environment, once: of the sockets that it gives no child is to hear."""
+    found = {name: os.environ[name] for name in _SYSTEMD if name in os.environ}
+    for name in _GIVEN:
+        os.environ.pop(name, None)
+    return found
+
+
+def handed_over() -> str | None:
+    """Return what this process has left to itself in its environment, once."""
+    return os.environ.pop(HANDOVER, None)
 
 
 def cores() -> int:

@@ -2,11 +2,15 @@
 
 With SO_REUSEPORT the kernel spreads new connections evenly over the sockets (socket(7)). Since the parent
 holds them open, those that reach the socket of a worker that died wait in its backlog for the next one.
+A Unix socket, and what systemd gives, is shared by the workers.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import shutil
 import socket
 import tempfile
 import time
@@ -16,8 +20,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SettingsError
+from .settings import FIELDS, Settings
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 4096
+
+
+@dataclass(frozen=True)
+class Listening:
+    """What a relay listens on."""
+
+    groups: list[list[socket.socket]]
+    """The sockets of each worker."""
+    admin: list[socket.socket]
+    """Those of the admin listener, which all workers share."""
+    socket_file: tuple[int, int] | None
+    """What tells the Unix socket's file, to be removed at the end, from another one of its path."""
+
+
+def listen(settings: Settings, public: list[socket.socket], admin: list[socket.socket]) -> Listening:
+    """
+    Listen where ``settings`` say, or on what systemd has given: ``public`` sockets, and those for the admin listener.
+
+    Raises:
+        SettingsError: If that cannot be.
+
+    """
+    count, socket_file = settings.worker_count, None
+    if public:
+        _say_unused(settings, "host", "port", "unix_socket")
+        groups = share(public, count)
+    elif settings.unix_socket:
+        groups = bind_unix(settings.unix_socket, count)
+        socket_file = identity(settings.unix_socket)
+    else:
+        groups = bind(settings.host, settings.port, count)
+    if admin:
+        _say_unused(settings, "admin_host", "admin_port")
+        (admin,) = share(admin, 1)
+    elif settings.admin_port:
+        (admin,) = bind(settings.admin_host, settings.admin_port, 1, "--admin-host, --admin-port")
+    return Listening(groups, admin, socket_file)
 
 
 def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> list[list[socket.socket]]:
@@ -73,11 +117,39 @@ def bind_unix(path: str, count: int) -> list[list[socket.socket]]:
         # The web server in front is another user; the folder decides who comes near.
         Path(path).chmod(0o666)
         listener.listen(BACKLOG)
-        listener.setblocking(False)
     except OSError as exc:
         raise SettingsError(f"--unix-socket: cannot listen on {path}: {exc.strerror or exc}") from exc
-    with listener:
-        return [[listener.dup()] for _ in range(count)]
+    return share([listener], count)
+
+
+def share(listeners: list[socket.socket], count: int) -> list[list[socket.socket]]:
+    """
+    Return ``count`` groups of these listening sockets, which are closed.
+
+    Each address is in every group. Those of one address (ReusePort= of systemd.socket(5)) are dealt out.
+    """
+    of_address: dict[object, list[socket.socket]] = {}
+    for listener in listeners:
+        of_address.setdefault((listener.family, listener.getsockname()), []).append(listener)
+    groups: list[list[socket.socket]] = [[] for _ in range(count)]
+    for same in of_address.values():
+        for number in range(max(count, len(same))):
+            groups[number % count].append(same[number % len(same)].dup())
+    for group in groups:
+        for listener in group:
+            _prepare(listener)
+    for listener in listeners:
+        listener.close()
+    return groups
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """Return what tells the file of a Unix socket from another of the same path."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if path else None
 
 
 @dataclass(frozen=True)
@@ -106,33 +178,42 @@ class Admin:
 
 
 @contextmanager
-def admin(host: str, port: int, workers: int) -> Iterator[Admin | None]:
+def admin(listeners: list[socket.socket], workers: int, before: tuple[str, float] | None) -> Iterator[Admin | None]:
     """
-    Bind the admin listener, and keep the folder meanwhile; yield None if ``port`` is 0.
+    Keep the folder for the admin listener meanwhile; yield None if that has no ``listeners``.
+
+    ``before`` are the folder and the start of the relay, if a parent before this one had them.
 
     Raises:
-        SettingsError: If the address does not exist or is taken, or there can be no folder.
+        SettingsError: If there can be no folder.
 
     """
-    if not port:
+    if not listeners:
         yield None
         return
-    (listeners,) = bind(host, port, 1, "--admin-host, --admin-port")
     try:
-        folder = tempfile.TemporaryDirectory(prefix="sse-relay-")
+        folder, since = before or (tempfile.mkdtemp(prefix="sse-relay-"), time.monotonic())
     except OSError as exc:
         raise SettingsError(f"--admin-port: there can be no folder for the workers' sockets: {exc}") from exc
-    with folder as path:
-        yield Admin(listeners, Path(path), workers, time.monotonic())
+    try:
+        yield Admin(listeners, Path(folder), workers, since)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def shown(listener: socket.socket) -> str:
     """Return the address of ``listener`` as a person would type it."""
     name = listener.getsockname()
-    if isinstance(name, str):
-        return f"unix:{name}"
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{os.fsdecode(name).replace(chr(0), '@')}"  # an abstract one begins with a NUL
     host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]
     return f"http://{host}:{name[1]}"
+
+
+def _say_unused(settings: Settings, *names: str) -> None:
+    for field in FIELDS:
+        if field.name in names and getattr(settings, field.name) != field.default:
+            log.warning("%s is not used: systemd gives the socket, see its .socket unit", field.metadata["variable"])
 
 
 def _refuse_taken(family: int, address: tuple[object, ...]) -> None:
@@ -146,11 +227,16 @@ def _refuse_taken(family: int, address: tuple[object, ...]) -> None:
 
 def _reuse(family: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setblocking(False)
+    _prepare(listener)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    # Accepted sockets inherit it: a frame must not wait for the acknowledgement of the one before.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     return listener
+
+
+def _prepare(listener: socket.socket) -> None:
+    listener.setblocking(False)
+    if listener.family != socket.AF_UNIX:
+        # Accepted sockets inherit it: a frame must not wait for the acknowledgement of the one before.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

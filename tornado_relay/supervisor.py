@@ -18,20 +18,18 @@ from functools import partial
 from pathlib import Path
 
 from .brokers.backoff import Backoff
-from .counts import PID, RELOADS, RESTARTS, Counts, Ledger
-from .errors import SettingsError
+from .counts import LAYOUT, PID, RELOADS, RESTARTS, Counts, Ledger
+from .handover import FIXED, Handover, Heir
 from .limits import Seats, Tally, descriptor_limit, shares
-from .process import SIGNALS, Process, died
+from .process import SIGNALS, Process, died, fork
 from .settings import Settings
-from .sockets import Admin, shown
+from .sockets import Admin, Listening, identity, shown
 from .systemd import Notifier
 
 log = logging.getLogger(__name__)
 
 # A worker that lived this long was healthy: the next restart starts from the shortest delay.
 HEALTHY_SECONDS = 10.0
-
-_FIXED = ("host", "port", "unix_socket", "admin_host", "admin_port", "workers", "embedded", "embedded_dir")
 
 RunWorker = Callable[..., int]
 """`worker.run`."""
@@ -55,46 +53,73 @@ class Supervisor:
     """
     Runs one worker per group of sockets until it is told to stop.
 
-    SIGTERM drains and stops, a second one or SIGINT stops at once. SIGHUP reads the settings again and
-    replaces the workers one at a time.
+    SIGTERM drains and stops, a second one or SIGINT stops at once. SIGHUP tries the code that is installed by then, with
+    the settings as they are by then: if a worker serves with them, this process becomes the supervisor of that code,
+    which replaces the workers one at a time.
+
+    Args:
+        settings: What to serve.
+        listening: The bound sockets.
+        run_worker: `worker.run`.
+        notifier: What tells systemd.
+        admin: What there is for the admin listener.
+        embedded: Whether the embedded PostgreSQL is ours to stop.
+        inherited: What the supervisor before this one has left.
+
     """
 
     def __init__(
         self,
         settings: Settings,
-        sockets: list[list[socket.socket]],
+        listening: Listening,
         run_worker: RunWorker,
-        reload: Callable[[], Settings],
         notifier: Notifier,
         *,
         admin: Admin | None,
+        embedded: bool,
+        inherited: Handover | None,
     ) -> None:
         self.settings = settings
         self.admin = admin
         self.run_worker = run_worker
-        self.reload = reload
         self.notifier = notifier
-        self.slots = [Slot(number, group) for number, group in enumerate(sockets)]
-        self.address = ", ".join(shown(listener) for listener in sockets[0])
-        # What the workers count. While one is replaced there are two, and of each some may take long to end.
-        self.tally = Tally(4 * len(sockets))
-        self.ledger = Ledger(self.tally.rows + 1)
-        # What this process counts, behind the rows of the others.
-        self.counts = Counts(self.ledger, self.tally.rows)
+        self.slots = [Slot(number, group) for number, group in enumerate(listening.groups)]
+        self.address = ", ".join(shown(listener) for listener in self.slots[0].sockets)
         # Each with the slot that it was started for.
         self.processes: dict[int, tuple[Process, Slot]] = {}
 
         # True once every worker has served: from then on a worker that cannot start is tried again.
-        self._up = False
+        self._up = inherited is not None
         self._stopping = False
         self._exit_status = 0
+        # The process that finds out whether a reload can be, in no slot.
+        self._trial: Process | None = None
+        self._memory = inherited.memory if inherited else os.memfd_create("settings")
         # The slots that a reload has yet to go through, the first one being under way.
         self._reloading: list[Slot] = []
-        # What to go back to if it fails, and whether another was asked for meanwhile.
-        self._settings_before = settings
+        # Whether another was asked for meanwhile.
         self._reload_again = False
-        # The Unix socket's file as we bound it: at the end it may be another relay's.
-        self._socket_file = _identity(settings.unix_socket)
+        self._socket_file = listening.socket_file
+        self._embedded = embedded
+        # What the workers count. While one is replaced there are two, and of each some may take long to end.
+        rows = 4 * len(self.slots)
+        if inherited:
+            heirs = [heir for heir in inherited.workers if heir]
+            self.tally = Tally(rows, inherited.tally, [heir.row for heir in heirs])
+            self.ledger = Ledger(rows + 1, *inherited.ledger)
+            for slot, heir in zip(self.slots, inherited.workers, strict=True):
+                if heir:
+                    slot.current = Process(heir.pulse, heir.pipe, heir.drain_seconds, heir.row, heir.pid)
+                    self.processes[heir.pid] = slot.current, slot
+            self._reloading = list(self.slots)
+            self._reload_again = inherited.again
+        else:
+            self.tally = Tally(rows)
+            self.ledger = Ledger(rows + 1)
+            for slot in self.slots:
+                slot.due = time.monotonic()
+        # What this process counts, behind the rows of the others.
+        self.counts = Counts(self.ledger, rows)
         # The parent's own pauses (a suspended machine) must not look like stuck workers.
         self._last_turn = self._steady_since = time.monotonic()
 
@@ -106,9 +131,10 @@ class Supervisor:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for queued in SIGNALS:
             signal.signal(queued, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # those that a handover has kept waiting
         try:
-            for slot in self.slots:
-                slot.due = time.monotonic()
+            if self._reloading:
+                self._replace()
             while self.processes or not self._stopping:
                 for number in self._wait():
                     self._handle(number)
@@ -119,7 +145,8 @@ class Supervisor:
                     self.notifier.alive()
             return self._exit_status
         finally:
-            if self._socket_file and _identity(self.settings.unix_socket) == self._socket_file:
+            # By now it may be another relay's.
+            if self._socket_file and identity(self.settings.unix_socket) == self._socket_file:
                 Path(self.settings.unix_socket).unlink()
 
     def _wait(self) -> list[int]:
@@ -131,13 +158,19 @@ class Supervisor:
                 poller.register(process.pipe, select.POLLIN)
         now = time.monotonic()
         due = min((slot.due - now for slot in self.slots if slot.due is not None), default=1.0)
-        ready = {fd for fd, _ in poller.poll(max(0.0, min(due, 1.0)) * 1000)}
+        ready = {descriptor for descriptor, _ in poller.poll(max(0.0, min(due, 1.0)) * 1000)}
         for process, slot in list(self.processes.values()):
             if process.pipe in ready:
                 process.read_report()
                 if process.ready:
                     self._serves(process, slot)
-        return list(os.read(self._wake_read, 4096)) if self._wake_read in ready else []
+        return self._signals()
+
+    def _signals(self) -> list[int]:
+        try:
+            return list(os.read(self._wake_read, 4096))
+        except BlockingIOError:
+            return []
 
     def _handle(self, number: int) -> None:
         if number == signal.SIGHUP:
@@ -175,11 +208,10 @@ class Supervisor:
         admin = self.admin and dataclasses.replace(self.admin, number=slot.number)
         run = partial(self.run_worker, self.settings, slot.sockets, seats, counts=counts, admin=admin)
         try:
-            process = Process(run, close, self.settings.drain_seconds)
+            process = fork(run, close, self.settings.drain_seconds, row)
         except OSError:
             self._free(row)
             raise
-        process.row = row
         counts.set(PID, process.pid)
         self.processes[process.pid] = process, slot
         log.debug("worker %d forked as %d", slot.number, process.pid)
@@ -219,6 +251,9 @@ class Supervisor:
         if process.pipe >= 0:
             process.read_report()
         process.close()
+        if process is self._trial:
+            self._tried(process.trouble or (died(status) if status else ""))
+            return
         self._free(process.row)
         if self.admin:
             self.admin.path(slot.number, process.pid).unlink(missing_ok=True)
@@ -284,24 +319,53 @@ class Supervisor:
         if self._stopping or not self._up:
             log.warning("SIGHUP ignored: the relay is starting or stopping")
             return
-        if self._reloading:
+        if self._reloading or self._trial:
             self._reload_again = True
             return
-        try:
-            fresh = self.reload()
-        except SettingsError as exc:
-            self.counts.add(RELOADS, "failed")
-            log.error("reload refused, the old settings stay: %s", exc)
-            return
-        kept = {name: getattr(self.settings, name) for name in _FIXED}
-        for name, value in kept.items():
-            if getattr(fresh, name) != value:
-                log.warning("%s changed: that takes a restart, a reload keeps the old one", name)
         log.info("reloading: replacing %d workers, one at a time", len(self.slots))
-        self._settings_before, self.settings = self.settings, dataclasses.replace(fresh, **kept)
         self.notifier.reloading()
-        self._reloading = list(self.slots)
-        self._replace()
+        try:
+            self._trial = fork(self._handover().on_trial, [], 0)
+        except OSError as exc:
+            self._refuse_reload(f"a worker cannot be forked: {exc}")
+            return
+        self.processes[self._trial.pid] = self._trial, Slot(-1, [])
+
+    def _handover(self) -> Handover:
+        admin, heirs = self.admin, [slot.current for slot in self.slots]
+        return Handover(
+            [[listener.fileno() for listener in slot.sockets] for slot in self.slots],
+            [Heir(heir.pid, heir.pulse, heir.pipe, heir.row, heir.drain_seconds) if heir else None for heir in heirs],
+            self.tally.descriptor,
+            (self.ledger.descriptor, LAYOUT),
+            ([listener.fileno() for listener in admin.listeners], str(admin.folder), admin.since) if admin else None,
+            self._socket_file,
+            self._embedded,
+            {name: getattr(self.settings, name) for name in FIXED},
+            self._memory,
+            self._reload_again,
+        )
+
+    def _tried(self, trouble: str) -> None:
+        if not self._stopping and not trouble:
+            # From here to the handlers of the next supervisor signals wait in the kernel.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            for number in self._signals():
+                self._handle(number)
+        self._trial = None
+        if not self._stopping and not trouble:
+            try:
+                self._handover().execute()
+            except OSError as exc:
+                trouble = f"the new code cannot be run: {exc}"
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if trouble and not self._stopping:
+            self._refuse_reload(trouble)
+
+    def _refuse_reload(self, why: str) -> None:
+        self.counts.add(RELOADS, "failed")
+        log.error("reload refused, the old workers and settings stay: %s", why)
+        self._end_reload()
 
     def _replace(self) -> None:
         slot = self._reloading[0]
@@ -322,8 +386,7 @@ class Supervisor:
 
     def _reload_failed(self, why: str) -> None:
         self.counts.add(RELOADS, "failed")
-        log.error("reload stopped, the old workers and settings stay: %s", why)
-        self.settings = self._settings_before
+        log.error("reload stopped, the old workers that are left stay: %s", why)
         self._end_reload()
 
     def _end_reload(self) -> None:
@@ -335,12 +398,3 @@ class Supervisor:
         if self._reload_again:
             self._reload_again = False
             self._start_reload()
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """Return what tells a file from another of the same path."""
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino) if path else None

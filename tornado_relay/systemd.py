@@ -1,10 +1,59 @@
-"""What a service of Type=notify tells systemd (sd_notify(3)), silent where there is none; and whether it reads our log."""
+"""What systemd gives a service, sockets (sd_listen_fds(3)), and what it is told (sd_notify(3)); whether it reads our log.
+
+Without systemd there are no sockets, and nothing is told.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
+
+from .errors import SettingsError
+
+_FIRST = 3
+ADMIN = "admin"
+
+
+def given(environ: dict[str, str]) -> tuple[list[socket.socket], list[socket.socket]]:
+    """
+    Return the listening sockets that systemd gives this process, and those of them that are for the admin listener.
+
+    The latter have the name "admin" (FileDescriptorName=).
+
+    Args:
+        environ: What systemd put into the environment.
+
+    Raises:
+        SettingsError: If one is no listening stream socket, or if the variables cannot be read.
+
+    """
+    if environ.get("LISTEN_PID", "") != str(os.getpid()):
+        return [], []  # for nobody, or for a parent of ours
+    count = environ.get("LISTEN_FDS", "")
+    if not re.fullmatch("[0-9]{1,4}", count):
+        raise SettingsError(f"LISTEN_FDS: {count!r} is no number of sockets, as systemd gives it")
+    names = environ["LISTEN_FDNAMES"].split(":") if "LISTEN_FDNAMES" in environ else [""] * int(count)
+    if int(count) and len(names) != int(count):
+        raise SettingsError(f"LISTEN_FDNAMES has {len(names)} names for {count} sockets (LISTEN_FDS)")
+    public, admin = list[socket.socket](), list[socket.socket]()
+    for descriptor, name in enumerate(names[: int(count)], _FIRST):
+        (admin if name == ADMIN else public).append(_listener(descriptor))
+    return public, admin
+
+
+def _listener(descriptor: int) -> socket.socket:
+    right = "LISTEN_FDS must be of sockets as ListenStream= and Accept=no make them"
+    try:
+        listener = socket.socket(fileno=descriptor)
+    except OSError as exc:
+        raise SettingsError(f"{right}; descriptor {descriptor} is none: {exc.strerror}") from exc
+    if listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+        raise SettingsError(f"{right}; descriptor {descriptor} is of another family than TCP and Unix sockets")
+    if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise SettingsError(f"{right}; descriptor {descriptor} does not listen for connections")
+    return listener
 
 
 def reads_stderr(environ: dict[str, str]) -> bool:

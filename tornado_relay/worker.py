@@ -21,12 +21,12 @@ from .admin import AdminApplication
 from .application import MAX_BODY, RelayApplication
 from .brokers.message import Message
 from .brokers.reader import Reader
-from .counts import CAPACITY, CHANNELS, NUMBER, PROBE, SERVING, WAITING, Counts
+from .counts import CAPACITY, CHANNELS, NUMBER, PROBE, SERVING, WAITING, Counts, Ledger
 from .entry import Entry
 from .errors import BrokerRefused, SettingsError
 from .hub import Hub
 from .intake import Intake
-from .limits import Seats, descriptor_limit, shares
+from .limits import Seats, Tally, descriptor_limit, shares
 from .peers import Peers
 from .publish import open_publisher
 from .relay import RETRY, Relay
@@ -77,6 +77,25 @@ def run(
     """
     logs.of_worker(int(counts.get(NUMBER)))
     return asyncio.run(Worker(settings, sockets, seats, beat, report, counts=counts, admin=admin).main())
+
+
+def rehearse(settings: Settings, report: Callable[[str], None]) -> int:
+    """
+    Start as `run` does, with no sockets, and end once it would serve; ``report`` is called only if it cannot.
+
+    Returns:
+        The exit status, 0 if it would serve.
+
+    """
+
+    def started(trouble: str) -> None:
+        if trouble:
+            report(trouble)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    seats, counts = Seats(Tally(1), 0, 0, 0), Counts(Ledger(1), 0)
+    return run(settings, [], seats, lambda: None, started, counts=counts, admin=None)
 
 
 class Worker:
@@ -161,7 +180,7 @@ class Worker:
             # A page that asks again comes to whichever worker is free then.
             self.desk = self._server(AdminApplication(self.relay, peers), None, no_keep_alive=True)
             self.desk.listen_on(self.admin.listeners)
-        self.server.listen_on(self.sockets)
+        self.server.listen_on(self.sockets, partial(self.seats.ahead, self.settings.worker_count))
         self._served()
         await asyncio.wait({*working, stopping}, return_when=asyncio.FIRST_COMPLETED)
         for task in working:

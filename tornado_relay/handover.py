@@ -1,0 +1,152 @@
+"""What a supervisor leaves to the one that takes its place, in the same process, at a reload (execve(2)).
+
+The next one is of the code that is installed by then. It has the listening sockets, the workers, which go on as its
+children, and the settings: those with which a worker of its own code has just served on trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import SettingsError
+from .process import Report
+from .settings import HANDOVER, Settings
+from .sockets import Listening
+
+# Of this form, and of all that is in memory which both know: limits.Tally, a worker's pulse.
+VERSION = 1
+
+FIXED = ("host", "port", "unix_socket", "admin_host", "admin_port", "workers", "embedded", "embedded_dir")
+"""Settings that take a restart."""
+
+
+@dataclass(frozen=True)
+class Heir:
+    """A worker that goes on."""
+
+    pid: int
+    pulse: int
+    pipe: int
+    row: int
+    drain_seconds: float
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Descriptors and what goes with them."""
+
+    sockets: list[list[int]]
+    """Those of each worker's place."""
+    workers: list[Heir | None]
+    """Who serves there."""
+    tally: int
+    ledger: tuple[int, str]
+    """The memory, and what is counted where in it; see `counts.Ledger`."""
+    admin: tuple[list[int], str, float] | None
+    """The listening sockets, the folder, and since when; see `sockets.Admin`."""
+    socket_file: tuple[int, int] | None
+    """The identity of the Unix socket's file, if it is to be removed at the end."""
+    embedded: bool
+    """Whether the embedded PostgreSQL is this relay's to stop."""
+    fixed: dict[str, Any]
+    """The values of `FIXED`."""
+    memory: int
+    """Where the trial leaves the settings, a memfd."""
+    again: bool = False
+    """Whether another reload was asked for meanwhile."""
+    report: int = -1
+    """Where the trial says why it failed; -1 is no trial."""
+    version: int = VERSION
+
+    def on_trial(self, _: Callable[[], None], report: Report) -> int:
+        """Become the trial of what is installed now; a `process.Run`."""
+        dataclasses.replace(self, report=report.pipe).execute()
+        return 1
+
+    def execute(self) -> None:
+        """
+        Become the next supervisor, or the trial.
+
+        Raises:
+            OSError: If that cannot be; nothing has changed then.
+
+        """
+        os.environ[HANDOVER] = json.dumps(dataclasses.asdict(self))
+        sys.stdout.flush()
+        self.pass_on(True)
+        try:
+            os.execv(sys.executable, sys.orig_argv)  # noqa: S606  (ourselves)
+        finally:
+            del os.environ[HANDOVER]
+            self.pass_on(False)
+
+    def pass_on(self, inheritable: bool) -> None:
+        """Let the descriptors go through execve(2), or no more."""
+        if self.report >= 0:
+            descriptors = [self.memory, self.report]
+        else:
+            descriptors = [self.memory, self.tally, self.ledger[0]]
+            for heir in filter(None, self.workers):
+                descriptors += [heir.pulse] if heir.pipe < 0 else [heir.pulse, heir.pipe]
+            for group in [*self.sockets, self.admin[0] if self.admin else []]:
+                descriptors += group
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, inheritable)
+
+    def listening(self) -> Listening:
+        """Return the listening sockets."""
+        *groups, admin = [
+            [socket.socket(fileno=descriptor) for descriptor in group]
+            for group in [*self.sockets, self.admin[0] if self.admin else []]
+        ]
+        return Listening(groups, admin, self.socket_file)
+
+    def keep_fixed(self, fresh: Settings) -> tuple[Settings, list[str]]:
+        """Return ``fresh`` with what takes a restart as it was, and the names of what was to change of that."""
+        kept = {name: self.fixed[name] for name in FIXED if name in self.fixed}
+        changed = [name for name, value in kept.items() if getattr(fresh, name) != value]
+        return dataclasses.replace(fresh, **kept), changed
+
+    def leave_settings(self, settings: Settings) -> None:
+        """Leave ``settings`` to the next supervisor: the files that have them may change until it is there."""
+        with os.fdopen(os.dup(self.memory), "wb") as memory:
+            memory.seek(0)
+            pickle.dump(settings, memory)
+
+    def settings(self) -> Settings:
+        """Return the settings that `leave_settings` has left."""
+        with os.fdopen(os.dup(self.memory), "rb") as memory:
+            memory.seek(0)
+            settings: Settings = pickle.load(memory)  # noqa: S301  (written by this very code)
+        return settings
+
+
+def received(text: str | None) -> Handover | None:
+    """
+    Return what a predecessor has left, as `settings.handed_over` gives it.
+
+    Raises:
+        SettingsError: If it is a predecessor of another age.
+
+    """
+    if text is None:
+        return None
+    fields = json.loads(text)
+    if fields["version"] != VERSION:
+        if fields["report"] >= 0:
+            Report(fields["report"])("the installed version cannot take over from the one that runs: restart it")
+        raise SettingsError("the installed version cannot take over from the one that runs")
+    fields["workers"] = [heir and Heir(**heir) for heir in fields["workers"]]
+    for name in ("ledger", "admin", "socket_file"):  # JSON has no tuples
+        fields[name] = fields[name] and tuple(fields[name])
+    handover = Handover(**fields)
+    handover.pass_on(False)
+    return handover
