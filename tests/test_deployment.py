@@ -23,12 +23,14 @@ def unit(tmp_path):
     """The unit with the command of this environment, which must exist for systemd's checks."""
     path = tmp_path / UNIT.name
     path.write_text(UNIT.read_text().replace("/opt/sse-relay-server/bin/sse-relay-server", COMMAND))
+    shutil.copy(UNIT.with_suffix(".socket"), tmp_path)
     return path
 
 
 def test_unit_is_verified_by_systemd(unit):
-    """Without a word."""
-    done = subprocess.run([program("systemd-analyze"), "verify", unit], capture_output=True, text=True, check=False)
+    """Without a word, and its socket as well."""
+    units = [unit, unit.with_suffix(".socket")]
+    done = subprocess.run([program("systemd-analyze"), "verify", *units], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -53,7 +55,7 @@ def test_unit_has_what_the_relay_needs():
 
 def test_installation_commands_match_the_unit():
     """The README installs to where the unit looks."""
-    commands, text = block("sh", "systemctl enable"), UNIT.read_text()
+    commands, text = block("sh", "venv /opt"), UNIT.read_text()
     assert "ExecStart=/opt/sse-relay-server/bin/sse-relay-server\n" in text
     assert "venv /opt/sse-relay-server\n" in commands
     assert "/etc/sse-relay-server/.env" in commands

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from callers import Callers
+from fleet import Fleet, Numbers
 from pages import data_of
 from programs import program
 from relay import ROOT
 from servers import free_port, until
 from test_readme import block
 
+from tornado_relay import __version__
 from tornado_relay.tokens import subscribe_token
 
 pytestmark = pytest.mark.heavy
@@ -43,19 +46,29 @@ mkdir -p /run/systemd/system/sse-relay-server.service.d
 ln -s /dev/null /run/systemd/system/network-online.target
 printf '[Unit]\\nDefaultDependencies=no\\n[Service]\\nStandardOutput=file:/run/log\\nStandardError=file:/run/log\\n' \\
     > /run/systemd/system/sse-relay-server.service.d/test.conf
-printf '[Unit]\\nDefaultDependencies=no\\nWants=sse-relay-server.service\\n' > /run/systemd/system/test.target
+{socket}
+printf '[Unit]\\nDefaultDependencies=no\\nWants={units}\\n' > /run/systemd/system/test.target
 exec env -i container=test PATH="$PATH" {systemd} --system --unit=test.target --log-target=console --show-status=0
+"""
+
+
+# What an administrator gives to `systemctl edit sse-relay-server.socket`.
+SOCKET = """
+{install}
+mkdir -p /run/systemd/system/sse-relay-server.socket.d
+printf '%s\\n' '[Unit]' DefaultDependencies=no '[Socket]' ListenStream= ListenStream={port} ListenStream={path} \\
+    > /run/systemd/system/sse-relay-server.socket.d/test.conf
+printf '%s\\n' '[Unit]' DefaultDependencies=no '[Socket]' ListenStream=127.0.0.1:{admin} FileDescriptorName=admin \\
+    Service=sse-relay-server.service > /run/systemd/system/admin.socket
 """
 
 
 class Machine:
     """A booted systemd with the installed unit."""
 
-    def __init__(self, home, variables):
+    def __init__(self, home, variables, socket="", units="sse-relay-server.service"):
         self.log_path = home / "boot.log"
-        commands = (
-            block("sh", "systemctl enable").replace("sudo ", "").replace("python3 -m venv", "/usr/bin/python3 -m venv")
-        )
+        commands = block("sh", "venv /opt").replace("sudo ", "").replace("python3 -m venv", "/usr/bin/python3 -m venv")
         commands = commands.replace('"sse-relay-server[', '"/run/source[').replace("pip install", "pip install --quiet")
         assert "systemctl enable --now sse-relay-server" in commands
         script = BOOT.format(
@@ -63,6 +76,8 @@ class Machine:
             install="\n".join(line for line in commands.splitlines() if not line.startswith("systemctl")),
             variables=" ".join(shlex.quote(f"{name}={value}") for name, value in variables.items()),
             systemd=SYSTEMD,
+            socket=socket,
+            units=units,
         )
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
@@ -117,11 +132,15 @@ class Machine:
 
 
 @pytest.fixture
-def machine(kept, tmp_path):
-    """One that listens on a port with PostgreSQL, and on a Unix socket in its runtime folder with Redis."""
+def bootable():
     probe = [program("unshare"), *NAMESPACES, "mount", "-t", "cgroup2", "cgroup2", "/sys/fs/cgroup"]
     if not Path(SYSTEMD).exists() or subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("systemd, and the right to make namespaces, are needed to boot it")
+
+
+@pytest.fixture
+def machine(bootable, kept, tmp_path):
+    """One that listens on a port with PostgreSQL, and on a Unix socket in its runtime folder with Redis."""
     port, path = free_port(), RUNTIME + "/relay.sock" if kept.kind == "redis" else ""
     variables = {**kept.environment, "RELAY_HTTP_PORT": port, "RELAY_UNIX_SOCKET": path, "RELAY_WORKERS": 2}
     variables |= {"RELAY_JWT_SECRET": SECRET, "RELAY_PUBLISH_TOKEN": TOKEN, "RELAY_DRAIN_SECONDS": 1}
@@ -190,3 +209,71 @@ def test_unit_as_it_stands(machine, kept, pages, channel):
     assert (machine.state("ActiveState"), machine.state("Result")) == ("inactive", "success")
     for trouble in ("Traceback", "Errno", "not permitted", "denied", "Read-only"):
         assert trouble not in machine.log
+
+
+@pytest.mark.skipif(not os.environ.get("SSE_RELAY_TEST_ALL"), reason="takes long; SSE_RELAY_TEST_ALL=1 runs it")
+def test_socket_unit_over_restart_and_upgrade(bootable, kept, tmp_path):
+    """systemd holds the sockets: who connects meanwhile is answered, and streams that come back have missed nothing."""
+    port, path, admin = free_port(), "/run/relay.sock", free_port()
+    units = "sse-relay-server.socket admin.socket sse-relay-server.service"
+    commands = block("sh", "sse-relay-server.socket").replace("sudo ", "").splitlines()
+    install = [line for line in commands if line.startswith("install ")]
+    assert commands[-1] == "systemctl enable --now sse-relay-server.socket sse-relay-server.service"
+    socket = SOCKET.format(install="\n".join(install), port=f"127.0.0.1:{port}", path=path, admin=admin)
+    variables = {**kept.environment, "RELAY_WORKERS": 2, "RELAY_DRAIN_SECONDS": 1, "RELAY_HTTP_PORT": free_port()}
+    channels = [f"{kept.kind}-unit-{number}" for number in range(5)]
+    with Machine(tmp_path, variables, socket, units) as machine:
+        machine.wait_active()
+        assert "RELAY_HTTP_PORT is not used: systemd gives the socket" in machine.log
+        unix_socket = f"/proc/{machine.first}/root{path}"
+        with (
+            Fleet([f"/channel={channel}" for channel in channels for _ in range(10)], port) as fleet,
+            Callers(port) as tcp,
+            Callers(None, unix_socket=unix_socket) as unix,
+        ):
+            numbers = Numbers(kept, channels, 500)
+            numbers.start()
+
+            def serves(version):
+                before = [callers.answers[version] for callers in (tcp, unix)]
+
+                def more():
+                    return all(
+                        callers.answers[version] > answers + 20
+                        for callers, answers in zip((tcp, unix), before, strict=True)
+                    )
+
+                fleet.until(more, f"{version} answers", 60)
+
+            serves(__version__)
+            first = machine.state("MainPID")
+            assert machine.run("systemctl", "restart", "sse-relay-server") == ""
+            serves(__version__)
+            second = machine.state("MainPID")
+            assert second != first
+            machine.run(
+                "bash",
+                "-c",
+                "sed -i 's/^__version__ = \"/&99./' /opt/sse-relay-server/lib/*/*/tornado_relay/__init__.py",
+            )
+            assert machine.run("systemctl", "reload", "sse-relay-server") == ""
+            serves(f"99.{__version__}")
+            until(lambda: " reloaded" in machine.log, "the reload has ended")
+            assert machine.state("MainPID") == second
+            assert len(httpx.get(f"http://127.0.0.1:{admin}/status").json()["workers"]) == 2
+            numbers.enough.set()
+            fleet.until(lambda: not numbers.is_alive(), "all are published")
+            taken = {f"/channel={channel}": numbers.taken[channel] for channel in channels}
+            last = lambda: all(stream.got[-1:] == taken[stream.path][-1:] for stream in fleet.streams)  # noqa: E731
+            fleet.until(last, "the last events")
+            for stream in fleet.streams:
+                assert stream.got == taken[stream.path]
+                assert not stream.resets
+            tcp.__exit__()
+            unix.__exit__()
+            assert (tcp.troubles, unix.troubles) == ([], [])
+        assert machine.state("NRestarts") == "0"
+        assert machine.run("systemctl", "stop", *units.split()) == ""
+        assert (machine.state("ActiveState"), machine.state("Result")) == ("inactive", "success")
+        for trouble in ("Traceback", "Errno", "not permitted", "denied", "Read-only"):
+            assert trouble not in machine.log
