@@ -62,12 +62,12 @@ class Tab:
 
 
 class Browser(Tab):
-    """A browser with one page, and more that `tab` opens; ended by `close`."""
+    """A browser with one page, and more that `tab` opens; ended by `close`. ``flags`` are Chromium's."""
 
-    def __init__(self, profile, url):
+    def __init__(self, profile, url, *flags):
         binary = program("chromium", "chromium-browser", "google-chrome")
         self.process = subprocess.Popen(
-            [binary, *FLAGS, f"--user-data-dir={profile}", url],
+            [binary, *FLAGS, *flags, f"--user-data-dir={profile}", url],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -137,8 +137,8 @@ def browse(tmp_path):
     """Open a page in a headless Chromium that ends with the test."""
     browsers = []
 
-    def browse(url):
-        browsers.append(Browser(tmp_path / "profile", url))
+    def browse(url, *flags):
+        browsers.append(Browser(tmp_path / "profile", url, *flags))
         return browsers[-1]
 
     yield browse

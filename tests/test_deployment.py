@@ -1,6 +1,5 @@
-"""The systemd unit, the compose files, the built package, and the proxies in front, as the README has them."""
+"""The systemd unit, the compose files and the built package, as the README has them."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -10,7 +9,6 @@ import pytest
 import yaml
 from programs import program
 from relay import COMMAND, ROOT, Relay, environment
-from servers import PATIENCE, accepts, free_port, until
 from test_readme import block
 
 from tornado_relay.settings import FIELDS
@@ -98,88 +96,3 @@ def test_built_package_works_in_an_empty_environment(redis_server, tmp_path):
     subprocess.run(
         [venv / "bin/python", "-c", code], cwd=tmp_path, env=environment(**redis_server.environment), check=True
     )
-
-
-def start_nginx(folder, upstream, certificate, port):
-    server = (
-        block("nginx", "proxy_pass")
-        .replace("127.0.0.1:8001", f"127.0.0.1:{upstream}")
-        .replace("443", f"127.0.0.1:{port}")
-    )
-    server = re.sub(r"/etc/ssl/\S+\.(pem|key);", rf"{certificate}/\1;", server)
-    (folder / "nginx.conf").write_text(
-        f"pid {folder}/pid; error_log {folder}/error.log; daemon off; events {{}}\n"
-        f"http {{ access_log off; client_body_temp_path {folder}/a; proxy_temp_path {folder}/b; fastcgi_temp_path {folder}/c;"
-        f" uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;\n{server} }}\n"
-    )
-    return [program("nginx"), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
-
-
-def start_caddy(folder, upstream, certificate, port):
-    site = block("caddyfile", "reverse_proxy").replace("127.0.0.1:8001", f"127.0.0.1:{upstream}")
-    site = site.replace(
-        "events.example.com {", f"events.example.com:{port} {{\n    tls {certificate}/pem {certificate}/key"
-    )
-    (folder / "Caddyfile").write_text(f"{{\n    admin off\n    auto_https off\n}}\n{site}")
-    return [program("caddy"), "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
-
-
-@pytest.mark.parametrize("start", [start_nginx, start_caddy])
-@pytest.mark.parametrize("version", ["--http2", "--http1.1"])
-def test_proxy_in_front_passes_events_at_once(redis_server, channel, tmp_path, certificate, start, version):
-    """The README's configuration: TLS, HTTP/2 where the client speaks it, no buffering, idle streams live on."""
-    curl, port = program("curl"), free_port()
-    with Relay(tmp_path, "--workers", "1", "--heartbeat", "1", **redis_server.environment) as relay:
-        proxy = subprocess.Popen(
-            start(tmp_path, relay.port, certificate, port),
-            env=environment(HOME=str(tmp_path), XDG_DATA_HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        client = None
-        try:
-            until(lambda: accepts(port), "the proxy listens")
-            address = f"events.example.com:{port}"
-            client = subprocess.Popen(
-                [
-                    curl,
-                    "-skN",
-                    "--max-time",
-                    str(PATIENCE),
-                    version,
-                    "--resolve",
-                    f"{address}:127.0.0.1",
-                    "-D",
-                    tmp_path / "head",
-                    f"https://{address}/channel={channel}",
-                ],
-                stdout=subprocess.PIPE,
-            )
-            until(lambda: f"on {channel}" in relay.log, "the stream is open")
-            for number in range(3):
-                redis_server.publish(channel, json.dumps({"data": f"event {number}"}))
-                line = b""
-                while not line.startswith(b"data: "):
-                    line = client.stdout.readline()
-                    assert line, "the event did not come"
-                assert line == b"data: event %d\n" % number
-            heartbeats = 0
-            while heartbeats < 2:
-                line = client.stdout.readline()
-                assert line, "no heartbeat came"
-                heartbeats += line == b":\n"
-            head = (tmp_path / "head").read_text().lower()
-            assert head.startswith("http/2 200" if version == "--http2" else "http/1.1 200")
-            assert "content-type: text/event-stream" in head
-        finally:
-            if client:
-                client.kill()
-                client.communicate()
-            proxy.terminate()
-            proxy.wait(20)
-
-
-def test_nginx_waits_longer_than_the_heartbeat():
-    """Otherwise it would cut idle streams."""
-    heartbeat = next(field.default for field in FIELDS if field.name == "heartbeat")
-    assert int(re.search(r"proxy_read_timeout (\d+)s", block("nginx", "proxy_pass"))[1]) > heartbeat

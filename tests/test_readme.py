@@ -23,13 +23,13 @@ README = (ROOT / "README.md").read_text()
 EXTRAS = {"postgres", "redis", "jwt", "metrics", "django", "embedded", "test"}
 
 
-def blocks(language):
-    """The README's code blocks in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language, page=README):
+    """A page's code blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
-def block(language, holding):
-    (found,) = [text for text in blocks(language) if holding in text]
+def block(language, holding, page=README):
+    (found,) = [text for text in blocks(language, page) if holding in text]
     return found
 
 
@@ -65,20 +65,27 @@ def test_table_of_event_keys():
     assert f"up to {MAX_CHANNELS} channels" in README
 
 
-def test_links_lead_to_files():
-    """Relative links exist, and those within the page have a heading."""
-    headings = {
+def headings(page):
+    """The anchors of a page."""
+    return {
         re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in README.splitlines()
+        for line in page.read_text().splitlines()
         if line.startswith("#")
     }
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
-        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text().replace("\n", " ")):
+
+
+def test_links_lead_to_files():
+    """Relative links exist, and those to a part of a page have a heading there."""
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/proxies.md"):
+        page = ROOT / name
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text().replace("\n", " ")):
+            if target.startswith("http"):
+                continue
             file, _, anchor = target.replace(" ", "").partition("#")
-            if not file.startswith("http"):
-                assert (ROOT / (file or name)).exists(), target
+            found = page.parent / file if file else page
+            assert found.exists(), target
             if anchor:
-                assert anchor in headings, target
+                assert anchor in headings(found), target
 
 
 def test_security_page_names_tests_and_settings_that_exist():
