@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import socket
@@ -20,6 +18,7 @@ from urllib.parse import quote
 
 from . import (
     __version__,
+    arguments,
     channels,
     embedded,
     events,
@@ -33,6 +32,7 @@ from . import (
     systemd,
     tokens,
 )
+from .arguments import PROGRAM
 from .errors import RelayError, SettingsError
 from .findings import FAILURE, OK, WARNING, Finding
 from .process import Report
@@ -42,15 +42,13 @@ from .supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-PROGRAM = "sse-relay-server"
-
 # How `check` begins a line.
 _LEVELS = {OK: "ok", WARNING: "WARN", FAILURE: "FAIL"}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(given: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    options = vars(_parser().parse_args(arguments))
+    options = vars(arguments.parser().parse_args(given))
     env_file = options.pop("env_file", None)
     flags = {field.name: _as_text(options.pop(field.name)) for field in FIELDS if field.name in options}
 
@@ -87,11 +85,11 @@ def _hide_secrets() -> None:
     """Start anew with secret flags in the environment, which others cannot read: a command line is everybody's (proc(5))."""
     secret = {field.metadata["flag"]: field.metadata["variable"] for field in FIELDS if field.metadata.get("secret")}
     rest, hidden = [], {}
-    arguments = iter(sys.orig_argv)
-    for argument in arguments:
-        flag, given, value = argument.partition("=")
+    given = iter(sys.orig_argv)
+    for argument in given:
+        flag, equals, value = argument.partition("=")
         if flag in secret:
-            hidden[secret[flag]] = value if given else next(arguments, "")
+            hidden[secret[flag]] = value if equals else next(given, "")
         else:
             rest.append(argument)
     if hidden:
@@ -314,85 +312,6 @@ def _raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:  # under our systemd unit they are equal, and setrlimit() is forbidden
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Answers wrong usage in one line."""
-
-    command_flags: tuple[str, ...] = ()
-    """Flags that only some of the commands have."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Look at the flags first: argparse would take the value of a misspelt one for a command."""
-        args = sys.argv[1:] if args is None else args
-        known = {"--", *self._option_string_actions, *self.command_flags}
-        if unknown := [text for text in args if text.startswith("--") and text.partition("=")[0] not in known]:
-            self.error(f"there is no flag {unknown[0]}")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: {message.removeprefix('argument ')}; see {PROGRAM} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    shared = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    group = shared.add_argument_group(
-        "settings", "each is a flag, an environment variable, or a line in .env, in this order"
-    )
-    group.add_argument(
-        "--env-file", metavar="PATH", help="read variables from this file, not from .env in the working directory"
-    )
-    for field in FIELDS:
-        _add_flag(group, field)
-
-    parser = _Parser(
-        prog=PROGRAM,
-        parents=[shared],
-        allow_abbrev=False,
-        description="Relay events from PostgreSQL or Redis to browsers, as Server-Sent Events. Without a command: serve.",
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(name: str, meaning: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, parents=[shared], allow_abbrev=False, help=meaning, description=meaning)
-
-    notify = command("notify", "send one event to a channel")
-    notify.add_argument("channel", metavar="CHANNEL")
-    notify.add_argument("event", metavar="EVENT", help='JSON: {"event": ..., "id": ..., "data": ...}, or just the data')
-    listen = command("listen", "print the events of a stream, one JSON object a line, until interrupted")
-    listen.add_argument(
-        "target", metavar="URL-or-CHANNEL", help="a stream's URL, or a channel of the relay on this machine"
-    )
-    check = command("check", "show the settings, look at what the relay needs, and exit with 1 if anything fails")
-    check.add_argument(
-        "--url", metavar="URL", default="", help="the relay's public address: send an event to there too"
-    )
-    check.add_argument("--json", action="store_true", help="print one JSON object")
-    token = command("token", "print a token for streams on these channels, signed with RELAY_JWT_SECRET")
-    token.add_argument("channel", metavar="CHANNEL", nargs="+", help="a name, or the beginning of names and a *")
-    token.add_argument("--ttl", metavar="SECONDS", type=_positive, default=3600.0, help="until it ends; default 3600")
-    token.add_argument("--private-key", metavar="PATH", help="sign with the private key in this PEM file")
-    init = command("init-db", "set up, or bring up to date, the history of events in PostgreSQL (RELAY_HISTORY)")
-    parser.command_flags = ("--print-sql", "--ttl", "--private-key", "--url", "--json")
-    init.add_argument("--print-sql", action="store_true", help="print the SQL for psql, and connect to nothing")
-    return parser
-
-
-def _positive(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) or not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, more than 0")
-    return float(text)
-
-
-def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
-    about = field.metadata
-    default = f"; default {field.default}" if field.default not in ("", (), False) else ""
-    text = f"{about['meaning']} (variable {about['variable']}{default})".replace("%", "%%")
-    if field.type == "bool":
-        group.add_argument(about["flag"], dest=field.name, action=argparse.BooleanOptionalAction, help=text)
-    else:
-        group.add_argument(about["flag"], dest=field.name, metavar="VALUE", help=text)
 
 
 def _as_text(value: object) -> str:
