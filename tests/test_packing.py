@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from pages import data_of
 from programs import program
 from relay import Relay
-from servers import PATIENCE, free_port, until
-from test_deployment import accepts, start_nginx
+from servers import PATIENCE, until
 
 from tornado_relay import packing
 from tornado_relay.packing import Packer, accepts_gzip, chunk, deflate
@@ -173,18 +172,3 @@ def events_of_curl(redis_server, relay, channel, *command):
 def test_curl_reads_it_live(redis_server, packed_relay, channel):
     """As it comes."""
     events_of_curl(redis_server, packed_relay, channel, f"{packed_relay.url}/channel={channel}")
-
-
-@pytest.mark.parametrize("version", ["--http2", "--http1.1"])
-def test_nginx_passes_it_on(redis_server, packed_relay, channel, tmp_path, certificate, version):
-    """With the README's configuration."""
-    port = free_port()
-    proxy = subprocess.Popen(start_nginx(tmp_path, packed_relay.port, certificate, port), stderr=subprocess.DEVNULL)
-    try:
-        until(lambda: accepts(port), "nginx listens")
-        address = f"events.example.com:{port}"
-        where = ("-k", version, "--resolve", f"{address}:127.0.0.1", f"https://{address}/channel={channel}")
-        events_of_curl(redis_server, packed_relay, channel, *where)
-    finally:
-        proxy.terminate()
-        proxy.wait(20)
