@@ -27,6 +27,8 @@ class Stream:
         self.page = None
         self.got = []
         self.resets = []
+        # How many events it had at each of them.
+        self.reset_at = []
         self.connections = 0
         self.last_event_id = ""
 
@@ -44,9 +46,21 @@ class Stream:
         for event in events:
             if event.event == "stream-reset":
                 self.resets.append(json.loads(event.data))
+                self.reset_at.append(len(self.got))
             else:
                 self.got.append(event.data)
         self.last_event_id = self.page.parser.last_event_id or self.last_event_id
+
+    def untold(self, sent):
+        """What of ``sent`` it has not got and was not told of: by a reset behind what was before it."""
+        places = {data: place for place, data in enumerate(self.got)}
+        told, missing, place = set(self.reset_at), [], 0
+        for data in sent:
+            if data in places:
+                place = places[data] + 1
+            elif place not in told:
+                missing.append(data)
+        return missing
 
 
 class Fleet:
@@ -116,11 +130,17 @@ class Numbers(threading.Thread):
             if number >= self.count and self.enough.is_set():
                 break
             channel, text = self.channels[number % len(self.channels)], str(self.first + number)
-            try:
-                self.publisher.publish(channel, json.dumps({"data": text}))
-                self.taken[channel].append(text)
-            except BrokerError:
-                self.unsure += 1
+            if not self.publish(channel, text):
                 time.sleep(0.02)
             time.sleep(self.pause)
         self.publisher.close()
+
+    def publish(self, channel, data):
+        """Return whether the broker has taken it."""
+        try:
+            self.publisher.publish(channel, json.dumps({"data": data}))
+        except BrokerError:
+            self.unsure += 1
+            return False
+        self.taken[channel].append(data)
+        return True

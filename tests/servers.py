@@ -114,21 +114,21 @@ class RedisServer:
     def __init__(self, home, *, persistent=False):
         self.home = home
         self.options = ["--appendonly", "yes", "--appendfsync", "always"] if persistent else ["--save", ""]
-        self.binary = _redis_binary()
+        self.binary = redis_binary()
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
+    def command(self):
+        return [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.home), *self.options]
+
     def start(self):
-        self.process = subprocess.Popen(
-            [
-                *(self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.home)),
-                *self.options,
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-        self.client = redis.Redis(port=self.port)
+        self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL)
+        self.client = self.connect()
         until(self._answers, "redis-server answers")
+
+    def connect(self):
+        return redis.Redis(port=self.port)
 
     def stop(self, mode="fast"):
         self.client.close()
@@ -171,7 +171,7 @@ def _postgres_binaries(home):
     return wheel_binaries(home / "postgresql")
 
 
-def _redis_binary():
+def redis_binary():
     found = shutil.which("redis-server")
     if found:
         return found

@@ -82,6 +82,8 @@ class Replay:
         self._history = history
         # What the history consists of; None until it has been asked for on this connection.
         self._spans: Spans | None = None
+        # The tokens of the spans that were there at the connection before, or are now.
+        self._tokens: set[str] = set()
         self._opened_at = 0.0
         # Whether it is to be asked for again; until then what is known holds.
         self._reopen = False
@@ -132,7 +134,8 @@ class Replay:
         if cursor and cursor.token in self._spans:
             known = self.newest and cursor.seq <= self.newest.seq and self._spans.admits(cursor)
             return cursor.seq if known else None
-        return await self._history.find(last_event_id, audible)
+        found = await self._history.find(last_event_id, audible)
+        return found if found is None or found > self._spans.begin else None
 
     async def refresh(self) -> None:
         """
@@ -225,8 +228,17 @@ class Replay:
                 sink.position = head.seq
         elif self._head and not self._spans.admits(self._head):
             log.error("the broker has lost events: its history does not go on from %s", self._head)
-            self._hub.restart("history-lost", head.seq)
-        self.active, self._head, self._goes_on = True, head, True
+            self._restart(head, self._spans)
+        self.active, self._head, self._goes_on, self._tokens = True, head, True, set(self._spans)
+
+    def _restart(self, head: Cursor, spans: Spans) -> None:
+        """Tell all streams; those that are held get what there is behind the last event that may be lost."""
+        tokens = {*self._tokens, *([self._head.token] if self._head else ())}
+        end = spans.behind(tokens)
+        held = {stream: stream.position if end is None else min(stream.position, end) for stream in self._behind}
+        self._hub.restart("history-lost", head.seq)
+        for stream, position in held.items():
+            stream.position = position
 
     def _do_without(self) -> None:
         if self.active or self._spans is None:

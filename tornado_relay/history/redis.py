@@ -34,13 +34,17 @@ class RedisHistory:
         url: The Redis URL.
         keep: Events that are kept of each channel.
         seconds: How long a channel without new events is kept.
+        server: Which server of a group events are read from now, as `url.server_of` has it: what is kept has to be
+            of the same one.
 
     """
 
     hint = "it was asked for one, and has forgotten that"
 
-    def __init__(self, url: str, keep: int, seconds: float) -> None:
-        self._client = redis.Redis(connection_pool=urls.pool(url, "sse-relay-history"))
+    def __init__(self, url: str, keep: int, seconds: float, server: Callable[[], str]) -> None:
+        self._url = url
+        self._server = server
+        self._connect("")
         self._keep = keep
         self._seconds = seconds
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-history")
@@ -49,6 +53,9 @@ class RedisHistory:
 
     async def open(self) -> tuple[Cursor, Spans] | None:
         """See `History`."""
+        if self._server() != self._connected_to:
+            self._client.connection_pool.disconnect()
+            self._connect(self._server())
         await self._check_memory()
         token, last, spans = await self._call(self._open)
         pairs = zip(spans[::2], spans[1::2], strict=True)
@@ -103,12 +110,16 @@ class RedisHistory:
                 info["maxmemory_policy"],
             )
 
+    def _connect(self, server: str) -> None:
+        self._connected_to = server
+        self._client = redis.Redis(connection_pool=urls.pool(self._url, "sse-relay-history", server))
+
     def _open(self) -> Any:
         keys_and_arguments = (2, scripts.STATE, scripts.SPANS, self._keep, self._seconds)
         try:
-            return self._client.evalsha(self._open_digest, *keys_and_arguments, "")
+            return self._client.evalsha(self._open_digest, *keys_and_arguments, "", self._connected_to)
         except redis.exceptions.NoScriptError:
-            return self._client.eval(self._open_script, *keys_and_arguments, "1")
+            return self._client.eval(self._open_script, *keys_and_arguments, "1", self._connected_to)
 
     def _scores(self, own_id: str, channels: tuple[str, ...]) -> list[list[float | None]]:
         pipeline = self._client.pipeline(transaction=False)

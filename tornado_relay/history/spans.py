@@ -8,7 +8,7 @@ same numbers again, under another token, so that an old place is never taken for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 EARLIEST = "earliest"
@@ -44,6 +44,22 @@ class Spans:
 
     def __contains__(self, token: str) -> bool:
         return token in self._ranges
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ranges)
+
+    @property
+    def begin(self) -> int:
+        """The place just before the first event of the first span."""
+        return min((start for start, _ in self._ranges.values()), default=0)
+
+    def behind(self, tokens: Container[str]) -> int | None:
+        """Return the place where the last span of ``tokens`` ends, or all begin where there is none; None if it goes on."""
+        place: int | None = self.begin
+        for token, (_, end) in self._ranges.items():
+            if token in tokens:
+                place = None if end is None else end - 1
+        return place
 
     def admits(self, cursor: Cursor) -> bool:
         """Return whether all that came up to ``cursor`` is what this history holds, or has held."""

@@ -1,13 +1,19 @@
 -- Asks for a history to be kept, or goes on with the one that is, and returns where it ends and its spans.
 --
 -- KEYS: the history's state, its spans. ARGV: events to keep of a channel, seconds, "1" when this script was not in the
--- server's cache; see publish.lua.
+-- server's cache, which server of a group this is; see publish.lua.
 
-local keep, seconds, token, last = unpack(redis.call('HMGET', KEYS[1], 'keep', 'seconds', 'token', 'seq'))
+local keep, seconds, token, last, server =
+    unpack(redis.call('HMGET', KEYS[1], 'keep', 'seconds', 'token', 'seq', 'server'))
 local now = redis.call('TIME')
 local time = now[1] * 1000000 + now[2]
-if not token or ARGV[3] == '1' then
+local took_over = ARGV[4] ~= '' and server ~= ARGV[4]
+if not token or ARGV[3] == '1' or took_over then
     token = string.sub(redis.sha1hex(string.format('%.0f', time) .. (token or '')), 1, 8)
+    if took_over then
+        redis.call('DEL', KEYS[2])
+        redis.call('HSET', KEYS[1], 'server', ARGV[4])
+    end
     redis.call('RPUSH', KEYS[2], token, string.format('%.0f', (last or time) + 1))
     redis.call('LTRIM', KEYS[2], -2000, -1)
     redis.call('HSET', KEYS[1], 'token', token)

@@ -1,13 +1,18 @@
 -- Publishes an event, and keeps it where a relay has asked for that.
 --
 -- KEYS: the history's state, its spans, the channel's events, the channel's own ids.
--- ARGV: channel, payload, id of the publisher's own or "", "1" when this script was not in the server's cache.
+-- ARGV: channel, payload, id of the publisher's own or "", "1" when this script was not in the server's cache, and which
+-- server of a group this is, or "" where there is no other.
 --
 -- A number is the time in microseconds, or the one before it plus one. A server that was started again does not have
 -- this script in its cache, so its first event begins a new span, right behind the last event that it still has: what it
 -- has lost is then not taken for what it has.
+--
+-- A server that takes over from another one cannot know what that had taken and not handed on yet: no place of before is
+-- one to go on from, so the spans of before are forgotten.
 
-local keep, seconds, token, last = unpack(redis.call('HMGET', KEYS[1], 'keep', 'seconds', 'token', 'seq'))
+local keep, seconds, token, last, server =
+    unpack(redis.call('HMGET', KEYS[1], 'keep', 'seconds', 'token', 'seq', 'server'))
 if not keep then
     return redis.call('PUBLISH', ARGV[1], ARGV[2])
 end
@@ -17,8 +22,13 @@ end
 local now = redis.call('TIME')
 local time = now[1] * 1000000 + now[2]
 local seq = string.format('%.0f', math.max(time, (tonumber(last) or 0) + 1))
-if ARGV[4] == '1' or not token then
+local took_over = ARGV[5] ~= '' and server ~= ARGV[5]
+if ARGV[4] == '1' or not token or took_over then
     token = string.sub(redis.sha1hex(seq .. (token or '') .. ARGV[2]), 1, 8)
+    if took_over then
+        redis.call('DEL', KEYS[2])
+        redis.call('HSET', KEYS[1], 'server', ARGV[5])
+    end
     redis.call('RPUSH', KEYS[2], token, last and string.format('%.0f', last + 1) or seq)
     redis.call('HSET', KEYS[1], 'token', token)
 end

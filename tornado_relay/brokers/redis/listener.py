@@ -27,6 +27,7 @@ from ...history.redis import RedisHistory
 from .. import message
 from ..message import Message
 from ..subscriptions import Subscriptions
+from . import sentinel
 from . import url as urls
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,13 @@ class RedisListener:
         self._loop = IOLoop.current()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-listener")
 
-        # What the thread is to send, each a command and its channels; the counter (eventfd(2)) wakes it. None ends it.
-        self._commands: deque[tuple[str, list[str]] | None] = deque()
+        # Which server of a group the connection is to, as `url.server_of` has it.
+        self._server = ""
+        self._watch = sentinel.Watch(url) if sentinel.is_sentinel(url) else None
+
+        # What the thread is to send, each a command and its channels; the counter (eventfd(2)) wakes it. None ends it, and
+        # an error is raised there.
+        self._commands: deque[tuple[str, list[str]] | Exception | None] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Whether the connection takes commands, and whether a flush is due in this turn of the loop.
         self._connected = False
@@ -87,7 +93,7 @@ class RedisListener:
 
     def history(self, keep: int, seconds: float) -> RedisHistory:
         """Return the history of this broker."""
-        return RedisHistory(self._url, keep, seconds)
+        return RedisHistory(self._url, keep, seconds, lambda: self._server)
 
     # What runs on the loop.
 
@@ -101,6 +107,7 @@ class RedisListener:
         """Connect, and read until the connection is lost, which raises."""
         self._on_up = on_up
         self._commands.clear()  # meant for the connection before this one
+        watching = asyncio.create_task(self._watch.run(lambda: self._server, self._send)) if self._watch else None
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._run)
         except (redis.AuthenticationError, redis.ResponseError) as exc:
@@ -112,6 +119,8 @@ class RedisListener:
             self._executor.shutdown(wait=False)
             raise
         finally:
+            if watching:
+                watching.cancel()
             self._connected = False
             # A confirmation of this connection must not count for the next; messages are read again, or missed.
             self._inbox.clear()
@@ -128,7 +137,7 @@ class RedisListener:
                 if names:
                     self._send((command, names))
 
-    def _send(self, command: tuple[str, list[str]] | None) -> None:
+    def _send(self, command: tuple[str, list[str]] | Exception | None) -> None:
         self._commands.append(command)
         os.eventfd_write(self._wake, 1)
 
@@ -174,6 +183,7 @@ class RedisListener:
             # A server that wants a password lets us connect without one, and refuses the first command.
             connection.send_command("PING", check_health=False)
             connection.read_response()
+            self._server = urls.server_of(self._url, connection)
             self._loop.add_callback(self._began)
             self._read(connection)
         finally:
@@ -200,6 +210,9 @@ class RedisListener:
                 commands = [self._commands.popleft() for _ in range(len(self._commands))]
                 if None in commands:
                     return
+                for command in commands:
+                    if isinstance(command, Exception):
+                        raise command
                 _send(connection, sent, commands)  # type: ignore[arg-type]
             # That it can be read is known from the poll; asking redis-py takes another system call.
             more = any(fd != self._wake for fd, _ in ready)

@@ -17,7 +17,9 @@ class RedisPublisher:
     """One pool of connections per process; redis-py keeps it safe for threads and forks."""
 
     def __init__(self, url: str) -> None:
-        self._client = redis.Redis(connection_pool=urls.pool(url, "sse-relay-notify"))
+        self._url = url
+        self._pool = urls.pool(url, "sse-relay-notify")
+        self._client = redis.Redis(connection_pool=self._pool)
         self._script = scripts.text("publish")
         self._digest = scripts.digest(self._script)
 
@@ -34,9 +36,7 @@ class RedisPublisher:
         keys = (scripts.STATE, scripts.SPANS, scripts.events_key(channel), scripts.own_ids_key(channel))
         try:
             try:
-                self._client.evalsha(self._digest, len(keys), *keys, channel, payload, own_id or "", "")
-            except redis.exceptions.NoScriptError:
-                self._client.eval(self._script, len(keys), *keys, channel, payload, own_id or "", "1")
+                self._evaluate(keys, channel, payload, own_id or "")
             except redis.exceptions.NoPermissionError:
                 # A user that may do no more than PUBLISH. The relay tells streams what no history keeps.
                 self._client.publish(channel, payload)
@@ -47,6 +47,23 @@ class RedisPublisher:
                 events.check_kept_size(payload)
                 raise PayloadTooLarge(str(exc)) from exc
             raise BrokerError(f"Redis did not take the event: {exc}") from exc
+
+    def _evaluate(self, keys: tuple[str, ...], *arguments: str) -> None:
+        connection: Any = self._pool.get_connection()
+        try:
+            # Which server it is, is known only now that there is a connection.
+            server = urls.server_of(self._url, connection)
+            try:
+                connection.send_command("EVALSHA", self._digest, len(keys), *keys, *arguments, "", server)
+                connection.read_response()
+            except redis.exceptions.NoScriptError:
+                connection.send_command("EVAL", self._script, len(keys), *keys, *arguments, "1", server)
+                connection.read_response()
+        except (redis.ConnectionError, redis.TimeoutError):
+            connection.disconnect()
+            raise
+        finally:
+            self._pool.release(connection)
 
     def check(self, channel: str, payload: str) -> None:
         """Raise now what `publish` would of an event's size: PayloadTooLarge."""
@@ -70,4 +87,4 @@ class RedisPublisher:
 
     def close(self) -> None:
         """Close the connections; the next `publish` opens others."""
-        self._client.connection_pool.disconnect()
+        self._pool.disconnect()

@@ -10,6 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ...errors import SettingsError
+from . import sentinel
 
 # A PUBLISH that is tried again may be delivered twice, and a reader that reconnects by itself hides a
 # gap, so redis-py's own retries are off.
@@ -24,22 +25,33 @@ _OPTIONS: dict[str, Any] = {
 _FOR_UNIX = ("protocol", "retry", "socket_timeout")
 
 
-def pool(url: str, client_name: str) -> redis.ConnectionPool:
+def pool(url: str, client_name: str, server: str = "") -> redis.ConnectionPool:
     """
     Return a pool for ``url``, whose own query string wins over our defaults. Connects nothing.
+
+    With ``server``, as `server_of` has it, it is to that server of the group that ``url`` names.
 
     Raises:
         SettingsError: If ``url`` is not one that redis-py understands.
 
     """
+    plain = sentinel.parse(url).servers if sentinel.is_sentinel(url) else url
     options = {key: value for key, value in _OPTIONS.items() if key in _FOR_UNIX or not url.startswith("unix:")}
     try:
-        return redis.ConnectionPool.from_url(url, client_name=client_name, **options)
+        made = redis.ConnectionPool.from_url(plain, client_name=client_name, **options)
     except ValueError:  # its text may hold a piece of the password
         raise SettingsError(
-            "REDIS_URL cannot be read; give redis://user:password@host:6379/0, "
+            f"REDIS_URL cannot be read; give {sentinel.EXAMPLE if plain != url else 'redis://user:password@host:6379/0'}, "
             "with special characters of the password percent-encoded"
         ) from None
+    if server:
+        host, _, port = server.rpartition(":")
+        made.connection_kwargs.update(host=host, port=int(port))
+    elif plain != url:
+        for_all = {key: value for key, value in made.connection_kwargs.items() if key not in ("host", "port")}
+        made = sentinel.MasterPool(url, **for_all)
+    _connection(made, {})
+    return made
 
 
 def connection(url: str, client_name: str) -> Any:
@@ -49,18 +61,29 @@ def connection(url: str, client_name: str) -> Any:
     It speaks protocol 2, whatever ``url`` says: with 3 redis-py hands messages out in another way.
 
     Raises:
-        SettingsError: If ``url`` has an option that redis-py does not know.
+        SettingsError: If ``url`` is not one that redis-py understands.
 
     """
-    made = pool(url, client_name)
+    return _connection(pool(url, client_name), {"protocol": 2, "retry": _OPTIONS["retry"]})
+
+
+def _connection(made: redis.ConnectionPool, options: dict[str, Any]) -> Any:
     try:
-        return made.connection_class(**{**made.connection_kwargs, "protocol": 2, "retry": _OPTIONS["retry"]})
+        return made.connection_class(**{**made.connection_kwargs, **options})
     except (TypeError, ValueError, redis.RedisError) as exc:
         raise SettingsError(f"REDIS_URL has an option that cannot be used: {exc}") from exc
 
 
+def server_of(url: str, connected: Any) -> str:
+    """Return which server of a group a connection leads to, as ``host:port``; nothing where ``url`` names one server."""
+    return f"{connected.host}:{connected.port}" if sentinel.is_sentinel(url) else ""
+
+
 def shown(url: str) -> str:
     """Return where ``url`` leads, without its password."""
+    if sentinel.is_sentinel(url):
+        group = sentinel.parse(url)
+        return f"{','.join(f'{host}:{port}' for host, port in group.sentinels)}/{group.name}"
     parts = urlsplit(url)
     host = parts.hostname or "localhost"
     return f"{host}:{parts.port or 6379}{parts.path}" if parts.scheme != "unix" else parts.path

@@ -1,0 +1,142 @@
+"""Several Redis servers that belong together, on free ports: a Sentinel group."""
+
+import signal
+import subprocess
+from contextlib import suppress
+from urllib.parse import quote
+
+import redis
+from servers import PATIENCE, RedisServer, free_port, redis_binary, until
+
+
+class Member(RedisServer):
+    """A server of a group; it may be stopped for a while, as if its network were cut."""
+
+    def __init__(self, home, *options, password=None):
+        home.mkdir()
+        self.more = options
+        self.password = password
+        super().__init__(home)
+
+    def command(self):
+        return [*super().command(), *self.more]
+
+    def connect(self):
+        return redis.Redis(port=self.port, password=self.password, socket_timeout=PATIENCE)
+
+    def freeze(self):
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self):
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self):
+        """Kill it in whatever state it is."""
+        self.client.close()
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+
+class Sentinels:
+    """A master, a replica and three Sentinels; servers and Sentinels want passwords."""
+
+    kind = "redis"
+    password = "p@ss"
+    sentinel_password = "s/ent"
+
+    def __init__(self, home):
+        common = ["--user", "sentinel", "on", ">pw", "allkeys", "allchannels", "allcommands"]
+        common += ["--repl-diskless-sync-delay", "0", "--requirepass", self.password, "--masterauth", self.password]
+        self.servers = [Member(home / "a", *common, password=self.password)]
+        self.processes = []
+        self.ports = [free_port() for _ in range(3)]
+        try:
+            self.servers.append(
+                Member(
+                    home / "b", "--replicaof", "127.0.0.1", str(self.servers[0].port), *common, password=self.password
+                )
+            )
+            until(
+                lambda: self.servers[1].client.info("replication")["master_link_status"] == "up", "the replica is there"
+            )
+            for number, port in enumerate(self.ports):
+                self.start_sentinel(home / f"sentinel-{number}", port)
+            for port in self.ports:
+                hasten(redis.Redis(port=port, password=self.sentinel_password))
+            self.sentinel = redis.Redis(port=self.ports[0], password=self.sentinel_password)
+            until(self.knows_all, "the Sentinels know each other")
+        except BaseException:
+            self.end()
+            raise
+        names = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+        self.url = f"redis+sentinel://:{quote(self.password)}@{names}/mymaster/0?sentinel_password={quote(self.sentinel_password, '')}"
+
+    def start_sentinel(self, folder, port):
+        folder.mkdir()
+        lines = [
+            f"port {port}",
+            "bind 127.0.0.1",
+            f"dir {folder}",
+            f"sentinel monitor mymaster 127.0.0.1 {self.servers[0].port} 2",
+        ]
+        # What they are to the servers, so that one of these can shut them out.
+        lines += ["sentinel auth-user mymaster sentinel", "sentinel auth-pass mymaster pw"]
+        lines += ["sentinel down-after-milliseconds mymaster 1000", "sentinel failover-timeout mymaster 4000"]
+        lines += [f"requirepass {self.sentinel_password}", f"sentinel sentinel-pass {self.sentinel_password}"]
+        file = folder / "sentinel.conf"
+        file.write_text("\n".join(lines) + "\n")
+        command = [redis_binary(), file, "--sentinel"]
+        self.processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+
+    def knows_all(self):
+        with suppress(redis.ConnectionError, redis.ResponseError):
+            state = self.sentinel.sentinel_masters()["mymaster"]
+            return state["num-slaves"] == 1 and state["num-other-sentinels"] == 2
+        return False
+
+    def master(self):
+        """The server that the Sentinels name."""
+        with suppress(redis.RedisError):
+            port = int(self.sentinel.sentinel_get_master_addr_by_name("mymaster")[1])
+            return next(each for each in self.servers if each.port == port)
+        return None
+
+    def other(self, server):
+        return next(each for each in self.servers if each is not server)
+
+    def shut_sentinels_out(self, server):
+        """Let the Sentinels take ``server`` for dead, and have no power over it, while it goes on for all others."""
+        server.client.acl_setuser("sentinel", enabled=False)
+        server.client.execute_command("CLIENT", "KILL", "USER", "sentinel")
+
+    def fail_over(self):
+        """As an operator does."""
+        until(lambda: self.sentinel.execute_command("SENTINEL", "FAILOVER", "mymaster"), "a fail-over begins")
+
+    def publish(self, channel, payload):
+        self.master().client.publish(channel, payload)
+
+    @property
+    def environment(self):
+        return {"REDIS_URL": self.url}
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.wait(PATIENCE)
+        for each in self.servers:
+            each.end()
+
+
+def hasten(sentinel):
+    """Let a Sentinel look every half second, where it can be told so (Redis 7): by itself it may take ten."""
+    with sentinel, suppress(redis.ResponseError):
+        until(lambda: answers(sentinel), "the Sentinel answers")
+        sentinel.execute_command("SENTINEL", "DEBUG", "info-period", 500, "publish-period", 500)
+
+
+def answers(client):
+    try:
+        return client.ping()
+    except redis.ConnectionError:
+        return False

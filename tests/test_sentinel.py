@@ -1,0 +1,264 @@
+"""Redis Sentinel: the relay and notify() go where the master is."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from failover import drill
+from pages import come_back, got, resets
+from redis_group import Sentinels
+from relay import Relay, environment, run
+from servers import free_port, until
+
+from tornado_relay.brokers.redis import sentinel, url
+from tornado_relay.errors import SettingsError
+from tornado_relay.publish import open_publisher
+
+
+@pytest.fixture
+def group(home, channel):
+    folder = home / f"group-{channel}"
+    folder.mkdir(mode=0o755)
+    group = Sentinels(folder)
+    yield group
+    group.end()
+
+
+@pytest.fixture(scope="module")
+def steady(home):
+    """A group whose master stays."""
+    folder = home / "steady"
+    folder.mkdir(mode=0o755)
+    group = Sentinels(folder)
+    yield group
+    group.end()
+
+
+def moved(group, old):
+    """Wait until the Sentinels name another master than ``old``."""
+    until(lambda: group.master() not in (None, old), "another master", 30)
+
+
+def listening(group, number):
+    """Wait until so many workers listen to the master."""
+    until(lambda: len(group.master().listeners()) == number, "the workers are there", 40)
+
+
+def test_planned_fail_over_loses_nothing(group, tmp_path):
+    """SENTINEL FAILOVER while 5,000 events are published."""
+
+    def disturb():
+        old = group.master()
+        time.sleep(1)
+        group.fail_over()
+        moved(group, old)
+        listening(group, 4)
+
+    lacking, kept, _ = drill(group, tmp_path, disturb)
+    assert lacking == 0
+    assert all([reset["reason"] for reset in stream.resets] == ["history-lost"] for stream in kept)
+
+
+def test_master_that_is_killed(group, tmp_path):
+    """kill -9: what the replica had not got yet, and no relay had heard, would be told."""
+
+    def disturb():
+        old = group.master()
+        time.sleep(1)
+        old.stop("immediate")
+        moved(group, old)
+        listening(group, 4)
+
+    _, kept, live = drill(group, tmp_path, disturb)
+    assert all(stream.resets for stream in [*kept, *live])
+
+
+def test_master_that_was_replaced_and_goes_on(group, tmp_path, pages, channel):
+    """No Sentinel reaches it, and it is busy: neither listener nor publisher stay with it."""
+    publisher = open_publisher("redis", group.url)
+    with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        publisher.publish(channel, "before")
+        old = group.master()
+        group.shut_sentinels_out(old)
+        moved(group, old)
+        assert old.client.role()[0] == b"master"
+
+        def told():
+            old.publish(channel, "old")
+            return resets(page)
+
+        pages.until(told, "the listener leaves")
+        assert "the master is 127.0.0.1" in relay.log
+        publisher.publish(channel, "new")
+        pages.until(lambda: page.data[-1:] == ["new"], "an event of the new master")
+        assert page.data[0] == "before"
+        assert page.data.index("old") < page.data.index("new")
+    publisher.close()
+
+
+def test_publisher_leaves_a_replaced_master_before_listeners_do(group, tmp_path, pages, channel):
+    """What it sends meanwhile is heard, on one server or the other."""
+    publisher = open_publisher("redis", group.url)
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        old = group.master()
+        group.shut_sentinels_out(old)
+        sent = []
+
+        def publish():
+            sent.append(str(len(sent)))
+            publisher.publish(channel, json.dumps({"data": sent[-1]}))
+            time.sleep(0.01)
+            return resets(page)
+
+        pages.until(publish, "the listener leaves", 40)
+        got(pages, page, *sent)
+    publisher.close()
+
+
+def test_master_that_stands_still(group, tmp_path, pages, channel):
+    """As behind a cut cable: it is left, and when it is back it is nobody's master."""
+    publisher = open_publisher("redis", group.url)
+    with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        old = group.master()
+        old.freeze()
+        moved(group, old)
+        listening(group, 1)
+        pages.until(lambda: resets(page), "the stream is told")
+        old.thaw()
+        until(lambda: old.client.role()[0] == b"slave", "it follows", 40)
+        publisher.publish(channel, "x")
+        got(pages, page, "x")
+    publisher.close()
+
+
+@pytest.mark.parametrize("own_id", ["", "mine"])
+def test_event_that_was_not_handed_on_is_told_to_who_comes_back(group, tmp_path, pages, channel, own_id):
+    """The master took it and died; the page, and the relay, had only heard those before it."""
+    publisher = open_publisher("redis", group.url)
+    fields = {"id": own_id} if own_id else {}
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        publisher.publish(channel, json.dumps({"data": "1", **fields}), own_id or None)
+        got(pages, page, "1")
+    old = group.master()
+    replica = group.other(old)
+    until(lambda: replica.client.xlen(f"sse-relay:events:{channel}") == 1, "the replica has it")
+    replica.client.replicaof("127.0.0.1", free_port())
+    publisher.publish(channel, '{"data":"lost"}')
+    old.stop("immediate")
+    moved(group, old)
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        back = come_back(pages, relay, channel, page.events[0].id)
+        pages.until(lambda: back.events, "an answer")
+        assert resets(back) == [{"reason": "unknown-id", "channels": [channel]}]
+        publisher.publish(channel, '{"data":"2"}')
+        got(pages, back, "2")
+    publisher.close()
+
+
+def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel):
+    """The master that is known is used on."""
+    publisher = open_publisher("redis", group.url)
+    with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        publisher.publish(channel, "0")
+        for process in group.processes:
+            process.kill()
+            process.wait()
+        end = time.monotonic() + 2 * sentinel.LEAVE_SECONDS + 1
+        number = 0
+        while time.monotonic() < end:
+            number += 1
+            publisher.publish(channel, str(number))
+            pages.read(0.1)
+        pages.until(lambda: len(page.data) == number + 1, "all events")
+        assert not resets(page)
+    publisher.close()
+
+
+def test_passwords_of_servers_and_of_sentinels(steady, tmp_path, pages, channel):
+    """Each has its own; relay, publisher and check use both, and show none."""
+    checked = run("check", cwd=tmp_path, RELAY_HISTORY="10", **steady.environment)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "/mymaster, version" in checked.stdout
+    with Relay(tmp_path, "--workers", "1", "--history", "10", **steady.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        sent = run("notify", channel, '{"data":"x"}', cwd=tmp_path, **steady.environment)
+        assert sent.returncode == 0, sent.stderr
+        got(pages, page, "x")
+        shown = relay.log + checked.stdout + checked.stderr
+    assert not [secret for secret in ("p@ss", "p%40ss", "s/ent", "s%2Fent") if secret in shown]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("p%40ss", "wrong", "invalid username-password pair|WRONGPASS"),
+        ("s%2Fent", "wrong", "no Sentinel names a master for 'mymaster': .*(WRONGPASS|invalid)"),
+        ("sentinel_password", "other_password", "REDIS_URL has an option that cannot be used"),
+        ("mymaster", "theirs", "no Sentinel names a master for 'theirs': known to a Sentinel is 'mymaster'"),
+    ],
+)
+def test_what_is_wrong_is_said(steady, tmp_path, old, new, said):
+    """By check, without a password."""
+    checked = run("check", cwd=tmp_path, REDIS_URL=steady.url.replace(old, new))
+    assert checked.returncode == 1
+    assert re.search(said, checked.stdout + checked.stderr), checked.stdout + checked.stderr
+    assert "p%40ss" not in checked.stdout + checked.stderr
+
+
+def test_notify_in_django(steady, tmp_path, pages, channel):
+    """At the commit, to the master."""
+    with Relay(tmp_path, "--workers", "1", **steady.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        code = f"""
+import django
+from django.conf import settings
+settings.configure(DATABASES={{"default": {{"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}}})
+django.setup()
+from django.db import transaction
+from tornado_relay import notify
+with transaction.atomic():
+    notify({channel!r}, {{"data": "committed"}})
+"""
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**steady.environment), check=True)
+        pages.until(lambda: page.data == ["committed"], "the event")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("redis+sentinel://a/m", ([("a", 26379)], "m", {}, "redis://localhost/?")),
+        (
+            "redis+sentinel://u:p%40@a:1,[::1]:2/m/3?sentinel_username=s&sentinel_password=%26&socket_timeout=2",
+            (
+                [("a", 1), ("::1", 2)],
+                "m",
+                {"username": "s", "password": "&"},
+                "redis://u:p%40@localhost/3?socket_timeout=2",
+            ),
+        ),
+        (
+            "rediss+sentinel://a/m?ssl_cert_reqs=none",
+            ([("a", 26379)], "m", {"ssl": True, "ssl_cert_reqs": "none"}, "rediss://localhost/?ssl_cert_reqs=none"),
+        ),
+    ],
+)
+def test_url(text, expected):
+    """What goes to the Sentinels, and what to the servers."""
+    assert tuple(sentinel.parse(text)) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["redis+sentinel://a:1", "redis+sentinel://a:1/", "redis+sentinel://a/m/x", "redis+sentinel:///m"]
+)
+def test_url_that_names_no_group(text):
+    """The error shows one that does."""
+    with pytest.raises(SettingsError, match=r"redis\+sentinel://user:password@host1:26379"):
+        url.connection(text, "x")
