@@ -21,6 +21,7 @@ from tornado_relay import schema
 from tornado_relay.brokers.redis import scripts
 
 SECONDS = 3.0
+KEYS = scripts.Keys("sse-relay")
 PAYLOAD = '{"data":"%s"}' % ("x" * 100)
 STATEMENTS = {"bare": "SELECT pg_notify('c%d', %%s)", "history": "SELECT sse_relay.publish('c%d', %%s, NULL)"}
 
@@ -62,10 +63,10 @@ def on_redis(server, kind):
         channel, script = f"c{number}", scripts.text("publish")
         if kind == "bare":
             return lambda _: client.publish(channel, PAYLOAD)
-        keys = (scripts.STATE, scripts.SPANS, scripts.events_key(channel), scripts.own_ids_key(channel))
-        client.eval(script, len(keys), *keys, channel, PAYLOAD, "", "1")
+        keys = (KEYS.state, KEYS.spans, KEYS.events(channel), KEYS.own_ids(channel))
+        client.eval(script, len(keys), *keys, channel, PAYLOAD, "", "1", "")
         digest = scripts.digest(script)
-        return lambda _: client.evalsha(digest, len(keys), *keys, channel, PAYLOAD, "", "")
+        return lambda _: client.evalsha(digest, len(keys), *keys, channel, PAYLOAD, "", "", "")
 
     return make
 
@@ -80,7 +81,7 @@ def main():
         try:
             list(schema.install(postgres.url))
             state = {"keep": 1000, "seconds": 86400, "since": 0, "token": "00000000", "seq": 0}
-            store.client.hset(scripts.STATE, mapping=state)
+            store.client.hset(KEYS.state, mapping=state)
             for name, server, on in (("PostgreSQL", postgres, on_postgres), ("Redis", store, on_redis)):
                 for writers in (1, 8):
                     bare, kept = (rate(on(server, kind), writers) for kind in ("bare", "history"))

@@ -10,6 +10,18 @@ from relay import Relay
 EVENTS = 5000
 CHANNELS = [f"channel-{number}" for number in range(20)]
 
+# A program of a Django project, for a channel.
+NOTIFY = """
+import django
+from django.conf import settings
+settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
+django.setup()
+from django.db import transaction
+from tornado_relay import notify
+with transaction.atomic():
+    notify(%r, {"data": "committed"})
+"""
+
 
 def drill(broker, tmp_path, disturb):
     """

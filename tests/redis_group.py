@@ -1,6 +1,8 @@
-"""Several Redis servers that belong together, on free ports: a Sentinel group."""
+"""Several Redis servers that belong together, on free ports: a Sentinel group, or a Cluster."""
 
+import random
 import signal
+import socket
 import subprocess
 from contextlib import suppress
 from urllib.parse import quote
@@ -12,11 +14,11 @@ from servers import PATIENCE, RedisServer, free_port, redis_binary, until
 class Member(RedisServer):
     """A server of a group; it may be stopped for a while, as if its network were cut."""
 
-    def __init__(self, home, *options, password=None):
+    def __init__(self, home, *options, password=None, **more):
         home.mkdir()
         self.more = options
         self.password = password
-        super().__init__(home)
+        super().__init__(home, **more)
 
     def command(self):
         return [*super().command(), *self.more]
@@ -126,6 +128,100 @@ class Sentinels:
             process.wait(PATIENCE)
         for each in self.servers:
             each.end()
+
+
+class Cluster:
+    """Three masters, each with a replica."""
+
+    kind = "redis"
+
+    def __init__(self, home, binary=None):
+        self.servers = []
+        options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"]
+        try:
+            for number in range(6):
+                self.servers.append(Member(home / str(number), *options, port=port_with_bus(), binary=binary))
+            self.put_together()
+        except BaseException:
+            self.end()
+            raise
+        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{each.port}" for each in self.servers[:2])
+
+    def put_together(self):
+        masters, replicas = self.servers[:3], self.servers[3:]
+        for number, each in enumerate(self.servers):
+            each.id = cluster(each, "MYID").decode()
+            cluster(each, "SET-CONFIG-EPOCH", number + 1)
+            cluster(self.servers[0], "MEET", "127.0.0.1", each.port)
+        for number, each in enumerate(masters):
+            cluster(each, "ADDSLOTS", *range(number * 16384 // 3, (number + 1) * 16384 // 3))
+        known = all_say(self.servers, "cluster_known_nodes:6")
+        until(known, "all know each other")
+        for master, replica in zip(masters, replicas, strict=True):
+            cluster(replica, "REPLICATE", master.id)
+        until(all_say(self.servers, "cluster_state:ok"), "the Cluster is up")
+        up = [lambda each=each: each.client.info("replication")["master_link_status"] == "up" for each in replicas]
+        until(lambda: all(each() for each in up), "the replicas are there")
+
+    def owner(self, slot):
+        """The server that has a slot, as those that are up see it."""
+        for each in self.servers:
+            with suppress(redis.RedisError):
+                for start, end, (_, port, *_), *_ in cluster(each, "SLOTS"):
+                    if start <= slot <= end:
+                        return next(one for one in self.servers if one.port == port)
+        return None
+
+    def replica_of(self, master):
+        return next(
+            each for each in self.servers if each.client.role()[0] == b"slave" and each.client.role()[2] == master.port
+        )
+
+    def fail_over(self, master):
+        """As an operator does."""
+        cluster(self.replica_of(master), "FAILOVER")
+
+    def migrate(self, slot, target):
+        """Move a slot with all that is in it."""
+        source = self.owner(slot)
+        cluster(target, "SETSLOT", slot, "IMPORTING", source.id)
+        cluster(source, "SETSLOT", slot, "MIGRATING", target.id)
+        while keys := cluster(source, "GETKEYSINSLOT", slot, 100):
+            source.client.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        for each in (target, source):
+            cluster(each, "SETSLOT", slot, "NODE", target.id)
+
+    @property
+    def environment(self):
+        return {"REDIS_URL": self.url}
+
+    def end(self):
+        for each in self.servers:
+            each.end()
+
+
+def cluster(server, *arguments):
+    """What a server answers to a CLUSTER command, as it is."""
+    with server.connect() as client:
+        connection = client.connection_pool.get_connection()
+        connection.send_command("CLUSTER", *arguments)
+        return connection.read_response()
+
+
+def all_say(servers, line):
+    return lambda: all(line in cluster(each, "INFO").decode() for each in servers)
+
+
+def port_with_bus():
+    """A free port below which, as Redis has it, another one is free: that and 10,000."""
+    while True:
+        port = random.randint(15_000, 22_000)
+        with (
+            suppress(OSError),
+            socket.create_server(("127.0.0.1", port)),
+            socket.create_server(("127.0.0.1", port + 10_000)),
+        ):
+            return port
 
 
 def hasten(sentinel):

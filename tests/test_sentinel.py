@@ -7,13 +7,15 @@ import sys
 import time
 
 import pytest
-from failover import drill
+import redis
+from failover import NOTIFY, drill
 from pages import come_back, got, resets
 from redis_group import Sentinels
 from relay import Relay, environment, run
 from servers import free_port, until
 
 from tornado_relay.brokers.redis import sentinel, url
+from tornado_relay.brokers.redis.watch import LEAVE_SECONDS
 from tornado_relay.errors import SettingsError
 from tornado_relay.publish import open_publisher
 
@@ -137,6 +139,14 @@ def test_master_that_stands_still(group, tmp_path, pages, channel):
     publisher.close()
 
 
+def test_server_that_no_sentinel_knows_to_be_a_replica(group):
+    """It was made one by hand, a moment ago; what it says of itself counts."""
+    old = group.master()
+    old.client.replicaof("127.0.0.1", group.other(old).port)
+    with pytest.raises(redis.ConnectionError, match="is a slave, and no Sentinel says so yet"):
+        url.connection(group.url, "x").connect()
+
+
 @pytest.mark.parametrize("own_id", ["", "mine"])
 def test_event_that_was_not_handed_on_is_told_to_who_comes_back(group, tmp_path, pages, channel, own_id):
     """The master took it and died; the page, and the relay, had only heard those before it."""
@@ -171,7 +181,7 @@ def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel):
         for process in group.processes:
             process.kill()
             process.wait()
-        end = time.monotonic() + 2 * sentinel.LEAVE_SECONDS + 1
+        end = time.monotonic() + 2 * LEAVE_SECONDS + 1
         number = 0
         while time.monotonic() < end:
             number += 1
@@ -186,7 +196,7 @@ def test_passwords_of_servers_and_of_sentinels(steady, tmp_path, pages, channel)
     """Each has its own; relay, publisher and check use both, and show none."""
     checked = run("check", cwd=tmp_path, RELAY_HISTORY="10", **steady.environment)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "/mymaster, version" in checked.stdout
+    assert f"/mymaster, now at 127.0.0.1:{steady.master().port}, version" in checked.stdout
     with Relay(tmp_path, "--workers", "1", "--history", "10", **steady.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         sent = run("notify", channel, '{"data":"x"}', cwd=tmp_path, **steady.environment)
@@ -217,16 +227,7 @@ def test_notify_in_django(steady, tmp_path, pages, channel):
     """At the commit, to the master."""
     with Relay(tmp_path, "--workers", "1", **steady.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
-        code = f"""
-import django
-from django.conf import settings
-settings.configure(DATABASES={{"default": {{"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}}})
-django.setup()
-from django.db import transaction
-from tornado_relay import notify
-with transaction.atomic():
-    notify({channel!r}, {{"data": "committed"}})
-"""
+        code = NOTIFY % channel
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**steady.environment), check=True)
         pages.until(lambda: page.data == ["committed"], "the event")
 
@@ -234,7 +235,7 @@ with transaction.atomic():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("redis+sentinel://a/m", ([("a", 26379)], "m", {}, "redis://localhost/?")),
+        ("redis+sentinel://a/m", ([("a", 26379)], "m", {}, "redis://localhost/")),
         (
             "redis+sentinel://u:p%40@a:1,[::1]:2/m/3?sentinel_username=s&sentinel_password=%26&socket_timeout=2",
             (
@@ -252,7 +253,8 @@ with transaction.atomic():
 )
 def test_url(text, expected):
     """What goes to the Sentinels, and what to the servers."""
-    assert tuple(sentinel.parse(text)) == expected
+    hosts, *others = sentinel.parse(text)
+    assert (hosts.addresses, *others) == expected
 
 
 @pytest.mark.parametrize(

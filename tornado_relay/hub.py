@@ -156,6 +156,8 @@ class Hub:
         for message in messages:
             channel, seq = message.channel, message.seq
             if self.history:
+                if message.payload is None and not seq and channel not in self.unkept:
+                    continue  # a gap in what no history keeps, and there was nothing of that
                 self._note(message, own)
             solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
             labelled = self._labelled.get(channel) if self._labels else None
@@ -267,7 +269,7 @@ class Hub:
 
     def _frame(self, message: Message) -> bytes:
         if message.payload is None:
-            return events.stream_reset("unreadable-payload", (message.channel,))
+            return events.stream_reset(message.reset, (message.channel,))
         if not self.history:
             return events.frame(message.payload)
         return events.frame(message.payload, message.id)

@@ -368,7 +368,10 @@ def cores() -> int:
 
 
 _POSTGRES = (("postgresql", "postgres", "postgis"), "postgresql://user:password@localhost:5432/database")
-_REDIS = (("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"), "redis://user:password@localhost:6379/0")
+_REDIS = (
+    ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
+    "redis://user:password@localhost:6379/0",
+)
 
 
 def _checked_url(variable: str, url: str) -> str:

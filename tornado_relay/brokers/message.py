@@ -27,11 +27,13 @@ class Message(NamedTuple):
 
     channel: str
     payload: str | None
-    """What `events.parse` takes; None where it could not be read."""
+    """What `events.parse` takes; None where the streams are to be told that there is a gap."""
     id: str = ""
     """The event's id on the wire; empty for what no history keeps."""
     seq: int = 0
     """Its place in the history: higher than that of all that were sent before it, on any channel."""
+    reset: str = "unreadable-payload"
+    """Why there is a gap."""
 
 
 def read(channel: str, payload: str) -> Message:

@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 
-from ..brokers.redis import scripts
+from ..brokers.redis import cluster, scripts
 from ..brokers.redis import url as urls
 from ..errors import BrokerRefused, BrokerUnavailable
 from .page import Page, Row
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # Seconds after which publishers stop to keep events, when no relay asks for it any more.
 LAPSE_SECONDS = 7 * 86_400
+# In a Cluster also a server that has the history no more; the reader finds the one that has.
+_AWAY = (redis.ConnectionError, redis.TimeoutError, *cluster.CHANGING)
 
 
 class RedisHistory:
@@ -43,6 +45,7 @@ class RedisHistory:
 
     def __init__(self, url: str, keep: int, seconds: float, server: Callable[[], str]) -> None:
         self._url = url
+        self._keys = scripts.Keys(urls.prefix(url))
         self._server = server
         self._connect("")
         self._keep = keep
@@ -73,7 +76,7 @@ class RedisHistory:
         self, places: list[tuple[str, int]], limit: int, size: int, total: int
     ) -> tuple[list[Page], Cursor | None]:
         """See `History`."""
-        keys = [scripts.STATE, *(scripts.events_key(channel) for channel, _ in places)]
+        keys = [self._keys.state, *(self._keys.events(channel) for channel, _ in places)]
         arguments = (limit, size, total, *(max(0, seq) for _, seq in places))
         reply = await self._call(self._client.eval, self._read_script, len(keys), *keys, *arguments)
         if not reply:
@@ -96,7 +99,7 @@ class RedisHistory:
 
     async def _lapse(self) -> None:
         seconds = max(LAPSE_SECONDS, round(self._seconds))
-        for key in (scripts.STATE, scripts.SPANS):
+        for key in (self._keys.state, self._keys.spans):
             await self._call(self._client.expire, key, seconds)
 
     async def _check_memory(self) -> None:
@@ -115,7 +118,7 @@ class RedisHistory:
         self._client = redis.Redis(connection_pool=urls.pool(self._url, "sse-relay-history", server))
 
     def _open(self) -> Any:
-        keys_and_arguments = (2, scripts.STATE, scripts.SPANS, self._keep, self._seconds)
+        keys_and_arguments = (2, self._keys.state, self._keys.spans, self._keep, self._seconds)
         try:
             return self._client.evalsha(self._open_digest, *keys_and_arguments, "", self._connected_to)
         except redis.exceptions.NoScriptError:
@@ -124,13 +127,13 @@ class RedisHistory:
     def _scores(self, own_id: str, channels: tuple[str, ...]) -> list[list[float | None]]:
         pipeline = self._client.pipeline(transaction=False)
         for channel in channels:
-            pipeline.zmscore(scripts.own_ids_key(channel), [own_id, f"\0{own_id}"])
+            pipeline.zmscore(self._keys.own_ids(channel), [own_id, f"\0{own_id}"])
         return pipeline.execute()
 
     async def _call(self, command: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, partial(command, *arguments))
-        except (redis.ConnectionError, redis.TimeoutError) as exc:
+        except _AWAY as exc:
             raise BrokerUnavailable(str(exc) or type(exc).__name__) from exc
         except redis.RedisError as exc:
             raise BrokerRefused(str(exc)) from exc

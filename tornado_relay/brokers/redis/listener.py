@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import redis
@@ -27,20 +27,16 @@ from ...history.redis import RedisHistory
 from .. import message
 from ..message import Message
 from ..subscriptions import Subscriptions
-from . import sentinel
+from . import cluster, sentinel
 from . import url as urls
+from .link import BATCH, REFUSED, Link, Links
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
-# At most this many commands sent at a time, and this much handed to the loop in one call.
-BATCH = 1000
-BATCH_BYTES = 1 << 19
-# So many of which may wait for the loop; then Redis has to keep what comes, and throws out a reader that is too slow.
+# So many batches may wait for the loop; then Redis has to keep what comes, and throws out a reader that is too slow.
 INBOX = 4
-# A connection that is quiet for this many seconds is sent a PING, and given as long again to answer.
-QUIET = 5.0
-
-_REFUSED = "refused"
+_NAME = "sse-relay-server"
 
 
 class RedisListener:
@@ -55,9 +51,9 @@ class RedisListener:
         self._loop = IOLoop.current()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-listener")
 
-        # Which server of a group the connection is to, as `url.server_of` has it.
-        self._server = ""
-        self._watch = sentinel.Watch(url) if sentinel.is_sentinel(url) else None
+        # The thread's connections, while there are any.
+        self._links: Links | cluster.ClusterLinks | None = None
+        self._watch = self._watched()
 
         # What the thread is to send, each a command and its channels; the counter (eventfd(2)) wakes it. None ends it, and
         # an error is raised there.
@@ -72,8 +68,10 @@ class RedisListener:
         self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._loop.add_handler(self._arrived, self._turn, IOLoop.READ)
         self._room = threading.Semaphore(INBOX)
-        # To be called once all that is held has been confirmed.
+        # To be called once all that is held has been confirmed, and what has come before that: a stream is told of the gap
+        # first.
         self._on_up: Callable[[], None] | None = None
+        self._early: list[tuple[list[Message], float]] = []
 
         self.latency: float | None = None
         """Seconds that the last PING took."""
@@ -93,7 +91,7 @@ class RedisListener:
 
     def history(self, keep: int, seconds: float) -> RedisHistory:
         """Return the history of this broker."""
-        return RedisHistory(self._url, keep, seconds, lambda: self._server)
+        return RedisHistory(self._url, keep, seconds, lambda: (self._servers() or [""])[0])
 
     # What runs on the loop.
 
@@ -105,11 +103,13 @@ class RedisListener:
 
     async def session(self, on_up: Callable[[], None]) -> None:
         """Connect, and read until the connection is lost, which raises."""
-        self._on_up = on_up
+        self._on_up, self._early = on_up, []
         self._commands.clear()  # meant for the connection before this one
-        watching = asyncio.create_task(self._watch.run(lambda: self._server, self._send)) if self._watch else None
+        watching = asyncio.create_task(self._watch.run(self._send)) if self._watch else None
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._run)
+        except cluster.CHANGING as exc:
+            raise BrokerUnavailable(str(exc)) from exc  # a Cluster that is being changed
         except (redis.AuthenticationError, redis.ResponseError) as exc:
             raise BrokerRefused(str(exc)) from exc
         except (redis.RedisError, OSError) as exc:
@@ -160,106 +160,80 @@ class RedisListener:
                 messages.append(message.read(name.decode(errors="replace"), what.decode(errors="replace")))
             elif kind == b"subscribe":
                 confirmed.append(name.decode())
-            elif kind == _REFUSED:
+            elif kind == cluster.GAP:
+                messages.append(Message(name.decode(errors="replace"), None, reset="broker-reconnect"))
+            elif kind == REFUSED:
                 log.error("Redis refused SUBSCRIBE %s: %s", name, what)
                 self.subscriptions.refuse(name, BrokerUnavailable(what))
         self.subscriptions.confirm(confirmed)
-        self._check_up()
-        if messages:
+        if self._on_up:
+            if messages:
+                self._early.append((messages, arrived))
+            self._check_up()
+        elif messages:
             self._on_messages(messages, arrived)
 
     def _check_up(self) -> None:
         if self._on_up and not self.subscriptions.waiting:
             on_up, self._on_up = self._on_up, None
             on_up()
+            early, self._early = self._early, []
+            for messages, arrived in early:
+                self._on_messages(messages, arrived)
 
     # What runs on the thread.
 
     def _run(self) -> None:
         """Connect and read until the connection is lost, which raises, or until told to end."""
-        connection = urls.connection(self._url, "sse-relay-server")
+        self._links = links = links_to(self._url, _NAME)
         try:
-            connection.connect()
-            # A server that wants a password lets us connect without one, and refuses the first command.
-            connection.send_command("PING", check_health=False)
-            connection.read_response()
-            self._server = urls.server_of(self._url, connection)
             self._loop.add_callback(self._began)
-            self._read(connection)
+            while True:
+                woken, ready = links.wait(self._wake)
+                if woken:
+                    os.eventfd_read(self._wake)
+                    commands = [self._commands.popleft() for _ in range(len(self._commands))]
+                    if None in commands:
+                        return
+                    for command in commands:
+                        if isinstance(command, Exception):
+                            raise command
+                    links.send(commands)  # type: ignore[arg-type]
+                for link in ready:
+                    self._read(links, link)
         finally:
-            connection.disconnect()
+            self._links = None
+            links.close()
 
-    def _read(self, connection: Any) -> None:
-        poller = select.poll()
-        # redis-py has no public way to wait for its socket and something else.
-        poller.register(connection._sock, select.POLLIN)  # noqa: SLF001
-        poller.register(self._wake, select.POLLIN)
-        # The channels of each command that have no reply yet; Redis answers in order, and messages come in between.
-        sent: deque[list[str]] = deque()
-        pinged, pinged_at = False, 0.0
-        while True:
-            ready = poller.poll(QUIET * 1000)
-            if not ready:
-                if pinged:
-                    raise redis.ConnectionError(f"no answer to PING in {QUIET:.0f} s")
-                _send(connection, sent, [("PING", [])])
-                pinged = True
-                pinged_at = time.monotonic()
-            if any(fd == self._wake for fd, _ in ready):
-                os.eventfd_read(self._wake)
-                commands = [self._commands.popleft() for _ in range(len(self._commands))]
-                if None in commands:
-                    return
-                for command in commands:
-                    if isinstance(command, Exception):
-                        raise command
-                _send(connection, sent, commands)  # type: ignore[arg-type]
-            # That it can be read is known from the poll; asking redis-py takes another system call.
-            more = any(fd != self._wake for fd, _ in ready)
-            while more:
-                if pinged:
-                    self.latency = time.monotonic() - pinged_at
-                pinged = False
-                self._room.acquire()
-                replies, more = _batch(connection, sent)
-                self._hand_over(replies)
+    def _read(self, links: Links | cluster.ClusterLinks, link: Link) -> None:
+        # That it can be read is known from the poll; asking redis-py takes another system call.
+        more = True
+        while more:
+            self._room.acquire()
+            replies, more = link.batch()
+            self.latency = link.latency
+            self._hand_over(links.checked(replies))
 
     def _hand_over(self, replies: list[Any]) -> None:
         self._inbox.append((replies, time.monotonic()))
         os.eventfd_write(self._arrived, 1)
 
+    def _servers(self) -> list[str]:
+        links = self._links
+        return links.servers if links else []
 
-def _send(connection: Any, sent: deque[list[str]], commands: list[tuple[str, list[str]]]) -> None:
-    packed = connection.pack_commands([(command, *names) for command, names in commands])
-    connection.send_packed_command(packed, check_health=False)
-    sent.extend(names for _, names in commands)
+    def _watched(self) -> Watch | None:
+        if sentinel.is_sentinel(self._url):
+            sentinels = sentinel.Sentinels(self._url)
+            return Watch(lambda: sentinels.left(self._servers()))
+        if cluster.is_cluster(self._url):
+            topology = cluster.Topology(self._url, partial(urls.pool, self._url, "sse-relay-watch"))
+            return Watch(lambda: topology.left(self._servers()))
+        return None
 
 
-def _batch(connection: Any, sent: deque[list[str]]) -> tuple[list[Any], bool]:
-    """Return what can be read at once, up to the limits of a batch, and whether there is more; there must be something."""
-    replies: list[Any] = []
-    size = 0
-    while True:
-        try:
-            reply = connection.read_response(disable_decoding=True)
-        except redis.ResponseError as exc:
-            names = sent.popleft()
-            if len(names) > 1:
-                # Because of one of them; that must fail alone.
-                _send(connection, sent, [("SUBSCRIBE", [name]) for name in names])
-            else:
-                replies += [(_REFUSED, name, str(exc)) for name in names]
-        else:
-            if reply[0] == b"message":
-                size += len(reply[2])
-                replies.append(reply)
-            elif not sent[0]:  # a PING
-                sent.popleft()
-            else:
-                replies.append(reply)
-                if reply[1].decode() == sent[0][-1]:
-                    sent.popleft()
-        if not connection.can_read():
-            return replies, False
-        if len(replies) >= BATCH or size >= BATCH_BYTES:
-            return replies, True
+def links_to(url: str, client_name: str) -> Links | cluster.ClusterLinks:
+    """Connect to the servers of ``url``."""
+    if not cluster.is_cluster(url):
+        return Links(urls.connection(url, client_name), partial(urls.server_of, url))
+    return cluster.ClusterLinks(url, partial(urls.pool, url, client_name), partial(urls.connection, url, client_name))

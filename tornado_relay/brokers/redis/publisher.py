@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from functools import partial
 from typing import Any
 
 import redis
@@ -9,17 +12,25 @@ import redis
 from ... import events
 from ...errors import BrokerError, BrokerUnavailable, PayloadTooLarge
 from ...history.spans import Cursor
-from . import scripts
+from . import cluster, scripts
 from . import url as urls
+
+# How long it is believed in a Cluster that no history is kept: such events need not go to its server.
+_LOOK_SECONDS = 10.0
 
 
 class RedisPublisher:
-    """One pool of connections per process; redis-py keeps it safe for threads and forks."""
+    """A pool of connections per process and server; redis-py keeps them safe for threads and forks."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._pool = urls.pool(url, "sse-relay-notify")
-        self._client = redis.Redis(connection_pool=self._pool)
+        pool = partial(urls.pool, url, "sse-relay-notify")
+        self._one = pool()
+        self._shards = cluster.Shards(url, pool) if cluster.is_cluster(url) else None
+        # When to look whether a Cluster keeps a history; always that there is one where there is no SPUBLISH.
+        self._look_at = 0.0 if self._shards else math.inf
+        self._keeps = not self._shards
+        self._keys = scripts.Keys(urls.prefix(url))
         self._script = scripts.text("publish")
         self._digest = scripts.digest(self._script)
 
@@ -33,37 +44,23 @@ class RedisPublisher:
             BrokerError: If Redis refused the event, or the connection broke under way.
 
         """
-        keys = (scripts.STATE, scripts.SPANS, scripts.events_key(channel), scripts.own_ids_key(channel))
         try:
             try:
-                self._evaluate(keys, channel, payload, own_id or "")
+                if time.monotonic() >= self._look_at:
+                    self._look_at = time.monotonic() + _LOOK_SECONDS
+                    self._keeps = bool(self._run(self._keys.state, ("HGET", self._keys.state, "keep")))
+                if self._keeps or not self._publish_to_shard(channel, payload):
+                    self._publish_by_script(channel, payload, own_id or "")
             except redis.exceptions.NoPermissionError:
                 # A user that may do no more than PUBLISH. The relay tells streams what no history keeps.
-                self._client.publish(channel, payload)
-        except (redis.ConnectionError, redis.TimeoutError) as exc:
+                self._run(channel, ("PUBLISH", channel, payload))
+        except (redis.ConnectionError, redis.TimeoutError, *cluster.CHANGING) as exc:
             raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
         except redis.RedisError as exc:
             if "TOOLARGE" in str(exc):
                 events.check_kept_size(payload)
                 raise PayloadTooLarge(str(exc)) from exc
             raise BrokerError(f"Redis did not take the event: {exc}") from exc
-
-    def _evaluate(self, keys: tuple[str, ...], *arguments: str) -> None:
-        connection: Any = self._pool.get_connection()
-        try:
-            # Which server it is, is known only now that there is a connection.
-            server = urls.server_of(self._url, connection)
-            try:
-                connection.send_command("EVALSHA", self._digest, len(keys), *keys, *arguments, "", server)
-                connection.read_response()
-            except redis.exceptions.NoScriptError:
-                connection.send_command("EVAL", self._script, len(keys), *keys, *arguments, "1", server)
-                connection.read_response()
-        except (redis.ConnectionError, redis.TimeoutError):
-            connection.disconnect()
-            raise
-        finally:
-            self._pool.release(connection)
 
     def check(self, channel: str, payload: str) -> None:
         """Raise now what `publish` would of an event's size: PayloadTooLarge."""
@@ -78,13 +75,70 @@ class RedisPublisher:
             BrokerUnavailable: If Redis cannot be reached.
 
         """
+        state = self._keys.state
         try:
-            found: Any = self._client.hmget(scripts.STATE, ["keep", "token", "seq"])
+            keep, token, seq = self._run(state, ("HMGET", state, "keep", "token", "seq"))
         except redis.RedisError as exc:
             raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
-        keep, token, seq = found
         return str(Cursor(token.decode(), int(seq))) if keep and token and seq else ""
 
     def close(self) -> None:
         """Close the connections; the next `publish` opens others."""
-        self._pool.disconnect()
+        self._one.disconnect()
+        if self._shards:
+            self._shards.close()
+
+    def _publish_by_script(self, channel: str, payload: str, own_id: str) -> None:
+        keys = (self._keys.state, self._keys.spans, self._keys.events(channel), self._keys.own_ids(channel))
+        arguments = (len(keys), *keys, channel, payload, own_id)
+        self._run(self._keys.state, ("EVALSHA", self._digest, *arguments, ""), ("EVAL", self._script, *arguments, "1"))
+
+    def _publish_to_shard(self, channel: str, payload: str) -> bool:
+        """Return whether the server knows how."""
+        try:
+            self._run(channel, ("SPUBLISH", channel, payload))
+        except redis.ResponseError as exc:
+            if "unknown command" not in str(exc).lower():
+                raise
+            self._keeps, self._look_at = True, math.inf
+            return False
+        return True
+
+    def _run(self, key: str, command: tuple[Any, ...], with_script: tuple[Any, ...] | None = None) -> Any:
+        """
+        Return the reply to a command on the server that has ``key``; of a script that it does not know, to the other one.
+
+        Scripts get the server as their last argument: which one it is, is known only when there is a connection.
+        """
+        for again in (True, False):
+            try:
+                return self._run_once(key, command, with_script)
+            except redis.exceptions.MovedError:
+                # It has done nothing of it.
+                if not self._shards or not again:
+                    raise
+                self._shards.look_again()
+            except (redis.ConnectionError, redis.TimeoutError, *cluster.CHANGING):
+                if self._shards:
+                    self._shards.look_again()
+                raise
+        return None
+
+    def _run_once(self, key: str, command: tuple[Any, ...], with_script: tuple[Any, ...] | None) -> Any:
+        pool = self._shards.pool(cluster.slot_of(key)) if self._shards else self._one
+        connection: Any = pool.get_connection()
+        server = (urls.server_of(self._url, connection),) if with_script else ()
+        try:
+            return _reply(connection, *command, *server)
+        except redis.exceptions.NoScriptError:
+            return _reply(connection, *(with_script or ()), *server)
+        except (redis.ConnectionError, redis.TimeoutError):
+            connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
+
+
+def _reply(connection: Any, *command: Any) -> Any:
+    connection.send_command(*command)
+    return connection.read_response()

@@ -7,18 +7,22 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent.parent.parent / "lua"
 
-STATE = "sse-relay:history"
-SPANS = "sse-relay:spans"
 
+class Keys:
+    """The keys of one history, which all begin with ``prefix``."""
 
-def events_key(channel: str) -> str:
-    """Return the key of the stream that keeps a channel's events."""
-    return f"sse-relay:events:{channel}"
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.state = f"{prefix}:history"
+        self.spans = f"{prefix}:spans"
 
+    def events(self, channel: str) -> str:
+        """Return the key of the stream that keeps a channel's events."""
+        return f"{self._prefix}:events:{channel}"
 
-def own_ids_key(channel: str) -> str:
-    """Return the key of the ids that publishers gave to a channel's events."""
-    return f"sse-relay:ids:{channel}"
+    def own_ids(self, channel: str) -> str:
+        """Return the key of the ids that publishers gave to a channel's events."""
+        return f"{self._prefix}:ids:{channel}"
 
 
 def text(name: str) -> str:

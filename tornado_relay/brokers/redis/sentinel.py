@@ -13,12 +13,9 @@ it then is lost. So publishers leave it first, and readers, who hear it until th
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import unquote
 
 import redis
 import redis.sentinel
@@ -26,23 +23,17 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ...errors import SettingsError
+from . import hosts
+from .watch import ASK_SECONDS
 
-SCHEMES = {"redis+sentinel": "redis", "rediss+sentinel": "rediss"}
+SCHEMES = ("redis+sentinel", "rediss+sentinel")
 EXAMPLE = "redis+sentinel://user:password@host1:26379,host2:26379/mymaster/0"
 
 PORT = 26379
 """Where a Sentinel listens that has no port in the URL."""
 
-ASK_SECONDS = 1.0
-"""How old what a publisher knows of the master may be."""
-# The same where no Sentinel answers: the master that is known is used on, and asking takes time.
+# How soon they are asked again where none answers: the master that is known is used on, and asking takes time.
 _ASK_AGAIN_SECONDS = 10.0
-
-LEAVE_SECONDS = 3.0
-"""
-How often a reader asks; it leaves a master when another one has been named for so long. That must be longer than
-`ASK_SECONDS` and the two seconds in which Sentinels tell each other.
-"""
 
 # A Sentinel that does not answer must not hold up the next one.
 _OPTIONS: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "socket_connect_timeout": 1, "socket_timeout": 1}
@@ -73,7 +64,7 @@ class Sentinels(redis.sentinel.Sentinel):
 
     def __init__(self, url: str) -> None:
         group = parse(url)
-        super().__init__(group.sentinels, sentinel_kwargs={**_OPTIONS, **group.options})  # type: ignore[no-untyped-call]
+        super().__init__(group.sentinels.addresses, sentinel_kwargs={**_OPTIONS, **group.options})  # type: ignore[no-untyped-call]
         self.master_name = group.name
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
@@ -96,9 +87,10 @@ class Sentinels(redis.sentinel.Sentinel):
             f"no Sentinel names a master for {service_name!r}: {'; '.join(dict.fromkeys(reasons))}"
         )
 
-    def master(self) -> tuple[str, int]:
-        """Return host and port of the URL's master; raise redis.ConnectionError if none is named."""
-        return self.discover_master(self.master_name)
+    def left(self, servers: list[str]) -> str:
+        """Ask, and return why a reader is to leave the one of ``servers``; nothing if it is not."""
+        host, port = self.discover_master(self.master_name)
+        return f"the master is {host}:{port} now" if servers not in ([], [f"{host}:{port}"]) else ""
 
 
 class MasterPool(redis.sentinel.SentinelConnectionPool):
@@ -122,32 +114,10 @@ class MasterPool(redis.sentinel.SentinelConnectionPool):
         return super().get_connection()
 
 
-class Watch:
-    """Sees on a thread of its own whether the server that a reader is connected to is still the master."""
-
-    def __init__(self, url: str) -> None:
-        self._sentinels = Sentinels(url)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-sentinel")
-
-    async def run(self, server: Callable[[], str], leave: Callable[[Exception], None]) -> None:
-        """Call ``leave`` once another server than ``server`` is named for `LEAVE_SECONDS`. Cancel it to end."""
-        before = ""
-        while True:
-            await asyncio.sleep(LEAVE_SECONDS)
-            try:
-                host, port = await asyncio.get_running_loop().run_in_executor(self._executor, self._sentinels.master)
-            except redis.RedisError:
-                continue  # who cannot ask stays: the connection itself says when the server is gone
-            named = f"{host}:{port}"
-            if server() not in ("", named) and named == before:
-                leave(redis.ConnectionError(f"the master is {named} now"))
-            before = named if named != server() else ""
-
-
 class Group(NamedTuple):
     """What the URL says."""
 
-    sentinels: list[tuple[str, int]]
+    sentinels: hosts.Hosts
     name: str
     options: dict[str, Any]
     """redis-py's, for connections to the Sentinels."""
@@ -168,27 +138,19 @@ def parse(url: str) -> Group:
         SettingsError: If it names no group.
 
     """
-    scheme, _, rest = url.partition("://")
-    authority, _, behind = rest.partition("/")
-    path, _, query = behind.partition("?")
-    userinfo, at, hosts = authority.rpartition("@")
-    name, _, database = path.partition("/")
-    if not name or not hosts or (database and not database.isdigit()):
+    parts = hosts.split(url, PORT)
+    name, _, database = parts.path.partition("/")
+    if not name or not parts.addresses or (database and not database.isdigit()):
         raise SettingsError(
             f"REDIS_URL of a Sentinel group names its Sentinels, the master's name and the database, such as {EXAMPLE}"
         )
-    options: dict[str, Any] = {"ssl": True} if scheme == "rediss+sentinel" else {}
+    options: dict[str, Any] = {"ssl": True} if parts.tls else {}
     for_servers = []
-    for key, value in parse_qsl(query):
+    for key, value in parts.options:
         if key in ("sentinel_username", "sentinel_password"):
             options[key.removeprefix("sentinel_")] = value
         else:
             for_servers.append((key, value))
-            if key.startswith("ssl_") and "ssl" in options:
+            if key.startswith("ssl_") and parts.tls:
                 options[key] = value
-    sentinels = []
-    for host in hosts.split(","):
-        parts = urlsplit(f"//{host}")
-        sentinels.append((parts.hostname or "localhost", parts.port or PORT))
-    servers = f"{SCHEMES[scheme]}://{userinfo}{at}localhost/{database}?{urlencode(for_servers)}"
-    return Group(sentinels, unquote(name), options, servers)
+    return Group(parts, unquote(name), options, parts.url(database, for_servers))

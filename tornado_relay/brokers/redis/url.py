@@ -10,7 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ...errors import SettingsError
-from . import sentinel
+from . import cluster, sentinel
 
 # A PUBLISH that is tried again may be delivered twice, and a reader that reconnects by itself hides a
 # gap, so redis-py's own retries are off.
@@ -35,28 +35,27 @@ def pool(url: str, client_name: str, server: str = "") -> redis.ConnectionPool:
         SettingsError: If ``url`` is not one that redis-py understands.
 
     """
-    plain = sentinel.parse(url).servers if sentinel.is_sentinel(url) else url
+    plain, example = _plain(url)
     options = {key: value for key, value in _OPTIONS.items() if key in _FOR_UNIX or not url.startswith("unix:")}
     try:
         made = redis.ConnectionPool.from_url(plain, client_name=client_name, **options)
     except ValueError:  # its text may hold a piece of the password
         raise SettingsError(
-            f"REDIS_URL cannot be read; give {sentinel.EXAMPLE if plain != url else 'redis://user:password@host:6379/0'}, "
-            "with special characters of the password percent-encoded"
+            f"REDIS_URL cannot be read; give {example}, with special characters of the password percent-encoded"
         ) from None
     if server:
         host, _, port = server.rpartition(":")
         made.connection_kwargs.update(host=host, port=int(port))
-    elif plain != url:
+    elif sentinel.is_sentinel(url):
         for_all = {key: value for key, value in made.connection_kwargs.items() if key not in ("host", "port")}
         made = sentinel.MasterPool(url, **for_all)
     _connection(made, {})
     return made
 
 
-def connection(url: str, client_name: str) -> Any:
+def connection(url: str, client_name: str, server: str = "") -> Any:
     """
-    Return a connection of its own for ``url``, not connected yet.
+    Return a connection of its own, to what a `pool` would be to, not connected yet.
 
     It speaks protocol 2, whatever ``url`` says: with 3 redis-py hands messages out in another way.
 
@@ -64,7 +63,7 @@ def connection(url: str, client_name: str) -> Any:
         SettingsError: If ``url`` is not one that redis-py understands.
 
     """
-    return _connection(pool(url, client_name), {"protocol": 2, "retry": _OPTIONS["retry"]})
+    return _connection(pool(url, client_name, server), {"protocol": 2, "retry": _OPTIONS["retry"]})
 
 
 def _connection(made: redis.ConnectionPool, options: dict[str, Any]) -> Any:
@@ -74,16 +73,33 @@ def _connection(made: redis.ConnectionPool, options: dict[str, Any]) -> Any:
         raise SettingsError(f"REDIS_URL has an option that cannot be used: {exc}") from exc
 
 
+def _plain(url: str) -> tuple[str, str]:
+    """Return the URL that one server of a group has, and an example for such a group."""
+    if sentinel.is_sentinel(url):
+        return sentinel.parse(url).servers, sentinel.EXAMPLE
+    if cluster.is_cluster(url):
+        parts = cluster.parse(url)
+        return parts.url("", parts.options), cluster.EXAMPLE
+    return url, "redis://user:password@host:6379/0"
+
+
+def prefix(url: str) -> str:
+    """Return what all keys of the history at ``url`` begin with."""
+    return cluster.TAG if cluster.is_cluster(url) else "sse-relay"
+
+
 def server_of(url: str, connected: Any) -> str:
     """Return which server of a group a connection leads to, as ``host:port``; nothing where ``url`` names one server."""
-    return f"{connected.host}:{connected.port}" if sentinel.is_sentinel(url) else ""
+    return f"{connected.host}:{connected.port}" if sentinel.is_sentinel(url) or cluster.is_cluster(url) else ""
 
 
 def shown(url: str) -> str:
     """Return where ``url`` leads, without its password."""
     if sentinel.is_sentinel(url):
         group = sentinel.parse(url)
-        return f"{','.join(f'{host}:{port}' for host, port in group.sentinels)}/{group.name}"
+        return f"{group.sentinels}/{group.name}"
+    if cluster.is_cluster(url):
+        return str(cluster.parse(url))
     parts = urlsplit(url)
     host = parts.hostname or "localhost"
     return f"{host}:{parts.port or 6379}{parts.path}" if parts.scheme != "unix" else parts.path

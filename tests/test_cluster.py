@@ -1,0 +1,253 @@
+"""Redis Cluster: events on their channel's shard, the history on one of them."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from failover import CHANNELS, NOTIFY, drill
+from pages import come_back, got, resets
+from redis_group import Cluster
+from relay import Relay, environment, run
+from servers import old_redis_binary, until
+
+from tornado_relay.brokers.redis import url
+from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, slot_of
+from tornado_relay.errors import SettingsError
+from tornado_relay.publish import open_publisher
+
+
+@pytest.fixture
+def fragile(home, channel):
+    """A Cluster of the test's own."""
+    folder = home / f"cluster-{channel}"
+    folder.mkdir(mode=0o755)
+    group = Cluster(folder)
+    yield group
+    group.end()
+
+
+@pytest.fixture(scope="module")
+def group(home):
+    """A Cluster whose servers stay."""
+    folder = home / "cluster"
+    folder.mkdir(mode=0o755)
+    group = Cluster(folder)
+    yield group
+    group.end()
+
+
+@pytest.fixture(scope="module")
+def old(home):
+    """A Cluster of version 6.2, which has no SPUBLISH."""
+    folder = home / "old-cluster"
+    folder.mkdir(mode=0o755)
+    group = Cluster(folder, old_redis_binary())
+    yield group
+    group.end()
+
+
+def moved(group, slot, before):
+    until(lambda: group.owner(slot) not in (None, before), "another server has the slot", 30)
+
+
+def listening(group, number):
+    """Wait until so many workers listen to the history's server."""
+    until(lambda: len(group.owner(HISTORY_SLOT).listeners()) == number, "the workers are there", 40)
+
+
+def test_master_of_the_history_is_killed(fragile, tmp_path):
+    """kill -9 while 5,000 events are published."""
+
+    def disturb():
+        old = fragile.owner(HISTORY_SLOT)
+        time.sleep(1)
+        old.stop("immediate")
+        moved(fragile, HISTORY_SLOT, old)
+        listening(fragile, 4)
+
+    _, kept, live = drill(fragile, tmp_path, disturb)
+    assert all(stream.resets for stream in [*kept, *live])
+
+
+def test_planned_fail_over_loses_nothing(fragile, tmp_path):
+    """CLUSTER FAILOVER of the history's master while 5,000 events are published."""
+
+    def disturb():
+        old = fragile.owner(HISTORY_SLOT)
+        time.sleep(1)
+        fragile.fail_over(old)
+        moved(fragile, HISTORY_SLOT, old)
+        listening(fragile, 4)
+
+    lacking, _, _ = drill(fragile, tmp_path, disturb)
+    assert lacking == 0
+
+
+def test_shard_without_the_history_is_killed(fragile, tmp_path):
+    """Its channels' streams go on at its replica."""
+
+    def disturb():
+        old = next(each for each in fragile.servers[:3] if each is not fragile.owner(HISTORY_SLOT))
+        slot = next(slot for slot in map(slot_of, CHANNELS) if fragile.owner(slot) is old)
+        time.sleep(1)
+        old.stop("immediate")
+        moved(fragile, slot, old)
+        listening(fragile, 4)
+
+    lacking, kept, _ = drill(fragile, tmp_path, disturb)
+    assert lacking == 0
+    assert not [stream for stream in kept if stream.resets]
+
+
+def test_slot_that_moves_is_told_to_its_channels_alone(group, tmp_path, pages, channel):
+    """While events are published to it and to another one."""
+    other = f"{channel}-other"
+    publisher = open_publisher("redis", group.url)
+    with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
+        page, stays = pages.open(relay.port, [f"/channel={channel}", f"/channel={other}"])
+        source = group.owner(slot_of(channel))
+        target = next(each for each in group.servers[:3] if each is not source)
+        group.migrate(slot_of(channel), target)
+        pages.until(lambda: resets(page), "the stream is told")
+        assert resets(page) == [{"reason": "broker-reconnect", "channels": [channel]}]
+        publisher.publish(channel, "here")
+        publisher.publish(other, "there")
+        got(pages, page, "here")
+        got(pages, stays, "there")
+        assert not resets(stays)
+        assert "is not reachable" not in relay.log
+        target.client.execute_command("SPUBLISH", channel, "by hand")
+        got(pages, page, "here", "by hand")
+    publisher.close()
+
+
+def test_history_that_moves(fragile, tmp_path, pages, channel):
+    """With its slot, to another server: streams are told, and go on."""
+    publisher = open_publisher("redis", fragile.url)
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **fragile.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        publisher.publish(channel, '{"data":"1"}')
+        got(pages, page, "1")
+        source = fragile.owner(HISTORY_SLOT)
+        fragile.migrate(HISTORY_SLOT, next(each for each in fragile.servers[:3] if each is not source))
+        publisher.publish(channel, '{"data":"2"}')
+        got(pages, page, "1", "2")
+        assert resets(page) == [{"reason": "history-lost", "channels": [channel]}]
+        back = come_back(pages, relay, channel, page.events[-1].id)
+        publisher.publish(channel, '{"data":"3"}')
+        got(pages, back, "3")
+        assert not resets(back)
+    publisher.close()
+
+
+def test_master_that_stands_still(fragile, tmp_path, pages, channel):
+    """As behind a cut cable: the reader leaves it for the one in its place."""
+    publisher = open_publisher("redis", fragile.url)
+    with Relay(tmp_path, "--workers", "1", **fragile.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        old = fragile.owner(slot_of(channel))
+        old.freeze()
+        moved(fragile, slot_of(channel), old)
+        pages.until(lambda: resets(page), "the stream is told", 40)
+        old.thaw()
+        publisher.publish(channel, "x")
+        got(pages, page, "x")
+    publisher.close()
+
+
+@pytest.mark.parametrize("history", ["0", "100"])
+def test_event_by_hand(group, tmp_path, pages, channel, history):
+    """SPUBLISH on the channel's shard, PUBLISH anywhere."""
+    with Relay(tmp_path, "--workers", "1", "--history", history, **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        group.owner(slot_of(channel)).client.execute_command("SPUBLISH", channel, "shard")
+        got(pages, page, "shard")
+        for number, each in enumerate(group.servers):
+            each.client.publish(channel, str(number))
+            pages.until(lambda number=number: page.data[-1] == str(number), "the event")
+
+
+def test_channels_are_spread_over_the_shards(group, tmp_path, pages, channel):
+    """Without a history, each event is on one server."""
+    publisher = open_publisher("redis", group.url)
+    names = [f"{channel}-{number}" for number in range(30)]
+    with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
+        opened = pages.open(relay.port, [f"/channel={name}" for name in names])
+        for name in names:
+            publisher.publish(name, "x")
+        pages.until(lambda: all(page.data == ["x"] for page in opened), "all events")
+        heard = [each.client.execute_command("PUBSUB", "SHARDCHANNELS", f"{channel}-*") for each in group.servers[:3]]
+        assert sum(map(len, heard)) == 30
+        assert all(heard)
+        published = [each.client.info("commandstats")["cmdstat_spublish"]["calls"] for each in group.servers[:3]]
+        assert all(published)
+        for page in opened:
+            pages.close(page)
+        until(
+            lambda: (
+                not [
+                    name
+                    for each in group.servers[:3]
+                    for name in each.client.execute_command("PUBSUB", "SHARDCHANNELS", f"{channel}-*")
+                ]
+            ),
+            "all are dropped",
+            30,
+        )
+    publisher.close()
+
+
+def test_servers_without_spublish(old, tmp_path, pages, channel):
+    """Redis 6: PUBLISH, with and without a history."""
+    publisher = open_publisher("redis", old.url)
+    with Relay(tmp_path, "--workers", "1", **old.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        publisher.publish(channel, "x")
+        old.servers[0].client.publish(channel, "y")
+        pages.until(lambda: {*page.data} == {"x", "y"}, "the events")
+        with Relay(tmp_path, "--workers", "1", "--history", "100", **old.environment) as keeping:
+            (first,) = pages.open(keeping.port, [f"/channel={channel}"])
+            publisher.publish(channel, '{"data":"1"}')
+            publisher.publish(channel, '{"data":"2"}')
+            got(pages, first, "1", "2")
+            got(pages, come_back(pages, keeping, channel, first.events[0].id), "2")
+        pages.until(lambda: page.data[-1] == "2", "the other relay's stream")
+    checked = run("check", cwd=tmp_path, **old.environment)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    publisher.close()
+
+
+def test_check(group, tmp_path):
+    """It says what is there."""
+    checked = run("check", cwd=tmp_path, **group.environment)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert re.search(rf"Redis \(used\): 127.0.0.1:{group.servers[0].port},.* an event took", checked.stdout)
+
+
+def test_cluster_that_is_none(redis_server, tmp_path):
+    """The relay does not start on a single server, and says why."""
+    address = redis_server.url.removesuffix("/0").replace("redis:", "redis+cluster:")
+    done = run("--port", "0", cwd=tmp_path, REDIS_URL=address)
+    assert done.returncode == 1
+    assert "cluster support disabled" in done.stderr
+
+
+def test_notify_in_django(group, tmp_path, pages, channel):
+    """At the commit, to the channel's shard."""
+    with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        subprocess.run(
+            [sys.executable, "-c", NOTIFY % channel], cwd=tmp_path, env=environment(**group.environment), check=True
+        )
+        got(pages, page, "committed")
+
+
+@pytest.mark.parametrize(
+    "text", ["redis+cluster://", "redis+cluster:///0", "redis+cluster://a/1", "rediss+cluster://a/m/0"]
+)
+def test_url_that_names_no_cluster(text):
+    """The error shows one that does."""
+    with pytest.raises(SettingsError, match=r"redis\+cluster://user:password@host1:6379"):
+        url.connection(text, "x")

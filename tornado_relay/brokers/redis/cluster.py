@@ -1,0 +1,279 @@
+"""Redis Cluster: which server has which slots, and the connections to all that a reader listens to.
+
+The URL is the one that limits and Centrifugo take, with some of the servers, from which the others are learnt:
+
+    redis+cluster://user:password@host1:6379,host2:6379
+
+``rediss+cluster`` is TLS to all of them, and options are redis-py's.
+
+An event travels on its channel's shard: SPUBLISH, where servers have it, from version 7 on. Those that a history keeps
+travel by PUBLISH on the server that has the history, all of whose keys are in one slot; a script may not SPUBLISH to
+another server's channel. A reader listens to both, PUBLISH on the history's own server, so that such an event does not
+depend on the bus between the servers.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any
+
+import redis
+from redis.crc import key_slot
+
+from ...errors import SettingsError
+from . import hosts
+from .link import MOVED, REFUSED, Command, Link, Poll
+
+SCHEMES = ("redis+cluster", "rediss+cluster")
+EXAMPLE = "redis+cluster://user:password@host1:6379,host2:6379"
+PORT = 6379
+
+TAG = "{sse-relay}"
+"""What all keys of the history begin with: the braces put them in one slot."""
+# In the same slot, so that the server says when it has lost that.
+_BEACON = f"{TAG}:beacon"
+
+HISTORY_SLOT = int(key_slot(TAG.encode()))
+
+CHANGING = (redis.exceptions.AskError, redis.exceptions.TryAgainError, redis.exceptions.ClusterDownError)
+"""What servers answer, without doing anything, while slots move between them; `AskError` is also what MOVED is."""
+
+GAP = "gap"
+"""What stands for a channel that is listened to again, on another server: this, and the channel."""
+
+
+def is_cluster(url: str) -> bool:
+    """Return whether ``url`` is one of a Cluster."""
+    return url.partition("://")[0] in SCHEMES
+
+
+def parse(url: str) -> hosts.Hosts:
+    """
+    Return the parts of ``url``.
+
+    Raises:
+        SettingsError: If it names no server, or a database: a Cluster has one only.
+
+    """
+    parts = hosts.split(url, PORT)
+    if not parts.addresses or parts.path not in ("", "0"):
+        raise SettingsError(f"REDIS_URL of a Cluster names some of its servers and no database, such as {EXAMPLE}")
+    return parts
+
+
+def slot_of(name: str) -> int:
+    """Return the slot of a key or a channel."""
+    return int(key_slot(name.encode()))
+
+
+class Topology:
+    """
+    Which server is the master of a slot; servers are named as ``host:port``.
+
+    Args:
+        url: The Cluster's.
+        pool: Returns connections to a server.
+
+    """
+
+    def __init__(self, url: str, pool: Callable[[str], redis.ConnectionPool]) -> None:
+        self._pool = pool
+        self._known = [f"{host}:{port}" for host, port in parse(url).addresses]
+        self._starts: list[int] = []
+        self._ranges: list[tuple[int, int, str]] = []
+
+    def refresh(self) -> None:
+        """Ask one of the servers, not the same each time; raise redis.ConnectionError if none answers."""
+        reasons = []
+        for server in random.sample(self._known, len(self._known)):
+            try:
+                found = self._ask(server)
+            except (redis.ConnectionError, redis.TimeoutError) as exc:
+                reasons.append(str(exc))
+                continue
+            self._ranges = sorted((start, end, names[0]) for (start, end), names in found.items())
+            self._starts = [start for start, _, _ in self._ranges]
+            self._known = list(dict.fromkeys([name for names in found.values() for name in names]))
+            return
+        raise redis.ConnectionError(f"no server of the Cluster answers: {'; '.join(dict.fromkeys(reasons))}")
+
+    def master(self, slot: int) -> str:
+        """Return the master of ``slot``; raise redis.ConnectionError if it has none."""
+        place = bisect_right(self._starts, slot) - 1
+        if place < 0 or slot > self._ranges[place][1]:
+            raise redis.ConnectionError(f"no server of the Cluster has slot {slot}")
+        return self._ranges[place][2]
+
+    def left(self, servers: list[str]) -> str:
+        """Ask, and return why a reader is to leave ``servers``, the history's first; nothing if it is not."""
+        self.refresh()
+        if servers and self.master(HISTORY_SLOT) != servers[0]:
+            return f"the history is at {self.master(HISTORY_SLOT)} now"
+        masters = {master for _, _, master in self._ranges}
+        return ", ".join(f"{server} is no master any more" for server in servers if server not in masters)
+
+    def _ask(self, server: str) -> dict[tuple[int, int], list[str]]:
+        """Return the servers of each range of slots, the master first."""
+        pool = self._pool(server)
+        # One that stands still must not hold up the next.
+        pool.connection_kwargs.update(socket_connect_timeout=1, socket_timeout=1)
+        try:
+            found = redis.Redis(connection_pool=pool).execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
+        finally:
+            pool.disconnect()
+        if not found:
+            raise redis.ConnectionError(f"{server} is in no Cluster yet")
+        own = server.rpartition(":")[0]
+        return {
+            (start, end): [f"{host.decode() or own}:{port}" for host, port, *_ in nodes] for start, end, *nodes in found
+        }
+
+
+class Shards:
+    """A publisher's connections, a pool to each server."""
+
+    def __init__(self, url: str, pool: Callable[[str], redis.ConnectionPool]) -> None:
+        self._topology = Topology(url, pool)
+        self._pool = pool
+        self._pools: dict[str, redis.ConnectionPool] = {}
+        self._stale = True
+
+    def pool(self, slot: int) -> redis.ConnectionPool:
+        """Return connections to the master of ``slot``; raise redis.ConnectionError if there is none."""
+        if self._stale:
+            self._topology.refresh()
+            self._stale = False
+        server = self._topology.master(slot)
+        if server not in self._pools:
+            self._pools[server] = self._pool(server)
+        return self._pools[server]
+
+    def look_again(self) -> None:
+        """See where the slots are before the next command: they have moved, or a server is away."""
+        self._stale = True
+
+    def close(self) -> None:
+        """Close all connections."""
+        for pool in self._pools.values():
+            pool.disconnect()
+
+
+class ClusterLinks:
+    """
+    A reader's connections: one to the server of the history, for PUBLISH, and where there is SPUBLISH, one to each shard.
+
+    See `link.Links`. A channel counts as listened to when both have confirmed it.
+    """
+
+    def __init__(self, url: str, pool: Callable[[str], redis.ConnectionPool], connect: Callable[[str], Any]) -> None:
+        self._topology = Topology(url, pool)
+        self._connect = connect
+        self._links: dict[str, Link] = {}
+        self._poll = Poll()
+        self.wait = self._poll.wait
+        # The shard that each channel is asked for at.
+        self._places: dict[str, Link] = {}
+        # Channels that one connection has confirmed and the other has not, and those that a shard has confirmed.
+        self._half: set[str] = set()
+        self._sharded: set[str] = set()
+        # Channels that were lost by a server, until another one has confirmed them.
+        self._lost: set[str] = set()
+        try:
+            self._topology.refresh()
+            self._main = self._link(self._topology.master(HISTORY_SLOT))
+            self._has_shards = self._main.knows("SSUBSCRIBE", _BEACON)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def servers(self) -> list[str]:
+        """Those that there are connections to, the history's first."""
+        return list(self._links)
+
+    def send(self, commands: list[Command]) -> None:
+        """Subscribe and unsubscribe."""
+        self._main.send(commands)
+        if not self._has_shards:
+            return
+        for command, names in commands:
+            if command == "UNSUBSCRIBE":
+                self._forget(names)
+            else:
+                self._ask_shards(names)
+
+    def checked(self, replies: list[Any]) -> list[Any]:
+        """Return ``replies`` as one connection would have given them, and see to the channels that have moved."""
+        if not self._has_shards:
+            return replies
+        found: list[Any] = []
+        moved = []
+        for reply in replies:
+            kind, name = reply[:2]
+            if kind == b"message":
+                found.append(reply)
+            elif kind == b"smessage":
+                found.append((b"message", *reply[1:]))
+            elif kind in (b"subscribe", b"ssubscribe"):
+                found += self._confirmed(kind, name)
+            elif kind == MOVED:
+                moved.append(name)
+            elif kind == REFUSED:
+                self._half.discard(name)
+                found.append(reply)
+        if moved:
+            self._follow(moved)
+        return found
+
+    def close(self) -> None:
+        """Close all connections."""
+        for link in self._links.values():
+            link.close()
+
+    def _confirmed(self, kind: bytes, channel: bytes) -> list[Any]:
+        name = channel.decode()
+        if kind == b"ssubscribe":
+            self._sharded.add(name)
+            if name in self._lost:
+                self._lost.discard(name)
+                return [(GAP, channel, "")]
+        if name in self._half:
+            self._half.discard(name)
+            return [(b"subscribe", channel, "")]
+        self._half.add(name)
+        return []
+
+    def _follow(self, names: list[str]) -> None:
+        if _BEACON in names:
+            raise redis.ConnectionError("the history's slot is at another server now")
+        self._topology.refresh()
+        wanted = [name for name in names if name in self._places]
+        self._lost.update(self._sharded.intersection(wanted))
+        self._sharded.difference_update(wanted)
+        self._ask_shards(wanted)
+
+    def _ask_shards(self, names: list[str]) -> None:
+        commands: dict[Link, list[Command]] = {}
+        for name in names:
+            link = self._places[name] = self._link(self._topology.master(slot_of(name)))
+            # A command may be for one slot only.
+            commands.setdefault(link, []).append(("SSUBSCRIBE", [name]))
+        for link, each in commands.items():
+            link.send(each)
+
+    def _forget(self, names: list[str]) -> None:
+        commands: dict[Link, list[Command]] = {}
+        for name in names:
+            commands.setdefault(self._places.pop(name), []).append(("SUNSUBSCRIBE", [name]))
+            for those in (self._half, self._sharded, self._lost):
+                those.discard(name)
+        for link, each in commands.items():
+            link.send(each)
+
+    def _link(self, server: str) -> Link:
+        if server not in self._links:
+            link = self._links[server] = Link(self._connect(server))
+            self._poll.add(link)
+        return self._links[server]
