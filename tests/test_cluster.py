@@ -8,6 +8,7 @@ import time
 import pytest
 from failover import CHANNELS, NOTIFY, drill
 from pages import come_back, got, resets
+from programs import program
 from redis_group import Cluster
 from relay import Relay, environment, run
 from servers import old_redis_binary, until
@@ -30,10 +31,10 @@ def fragile(home, channel):
 
 @pytest.fixture(scope="module")
 def group(home):
-    """A Cluster whose servers stay."""
+    """A Cluster whose servers stay, and know SPUBLISH, as the wheel's do not."""
     folder = home / "cluster"
     folder.mkdir(mode=0o755)
-    group = Cluster(folder)
+    group = Cluster(folder, program("redis-server"))
     yield group
     group.end()
 

@@ -107,6 +107,11 @@ def test_error_names_the_flag_if_the_value_came_from_one():
             ("postgres", "postgresql:///d?host=/run/postgresql"),
         ),
         ({"REDIS_URL": "unix:///run/redis.sock?db=1"}, ("redis", "unix:///run/redis.sock?db=1")),
+        (
+            {"REDIS_URL": "redis+sentinel://:p%40@a,b:26379,[::1]/m/0?sentinel_password=x"},
+            ("redis", "redis+sentinel://:p%40@a,b:26379,[::1]/m/0?sentinel_password=x"),
+        ),
+        ({"REDIS_URL": "rediss+cluster://a:7000,b"}, ("redis", "rediss+cluster://a:7000,b")),
     ],
 )
 def test_redis_wins_unless_use_pg(environ, broker):
@@ -125,6 +130,8 @@ def test_redis_wins_unless_use_pg(environ, broker):
         ({"DATABASE_URL": "postgresql://u:secret@h:54x2/d"}, "DATABASE_URL cannot be read"),
         ({"DATABASE_URL": "postgresql://u:secret@h:99999/d"}, "DATABASE_URL cannot be read"),
         ({"REDIS_URL": "redis://:sec:ret@r:0/0"}, "REDIS_URL cannot be read"),
+        ({"REDIS_URL": "redis+sentinel://:sec@ret@r/m"}, "REDIS_URL cannot be read"),
+        ({"REDIS_URL": "sentinel://:secret@r/m"}, "REDIS_URL must start with redis://.*starts with sentinel://"),
         ({"RELAY_AUTH_URL": "http://u:secret@h/may-listen/"}, "RELAY_AUTH_URL: the value is not the URL"),
         ({"RELAY_AUTH_URL": "//h/?secret"}, "RELAY_AUTH_URL: the value is not the URL"),
         ({"RELAY_AUTH_URL": "http://h:/?secret"}, "RELAY_AUTH_URL: the value is not the URL"),

@@ -156,7 +156,7 @@ class Hub:
         for message in messages:
             channel, seq = message.channel, message.seq
             if self.history:
-                if message.payload is None and not seq and channel not in self.unkept:
+                if message.moved and channel not in self.unkept:
                     continue  # a gap in what no history keeps, and there was nothing of that
                 self._note(message, own)
             solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
@@ -269,7 +269,10 @@ class Hub:
 
     def _frame(self, message: Message) -> bytes:
         if message.payload is None:
-            return events.stream_reset(message.reset, (message.channel,))
+            channels = (message.channel,)
+            if message.moved:
+                return events.stream_reset("broker-reconnect", channels)
+            return events.stream_reset("unreadable-payload", channels)
         if not self.history:
             return events.frame(message.payload)
         return events.frame(message.payload, message.id)

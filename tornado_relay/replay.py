@@ -239,6 +239,7 @@ class Replay:
         self._hub.restart("history-lost", head.seq)
         for stream, position in held.items():
             stream.position = position
+            stream.told = dict.fromkeys(stream.audible, head.seq)
 
     def _do_without(self) -> None:
         if self.active or self._spans is None:

@@ -51,7 +51,11 @@ class Settings:
         "RELAY_WORKERS", 0, values.number(0, 1024, "a number of workers"), "worker processes; 0 is one per core"
     )
     redis_url: str = _setting(
-        "REDIS_URL", "", values.text, "Redis, such as redis://localhost:6379/0; wins over DATABASE_URL", secret=True
+        "REDIS_URL",
+        "",
+        values.text,
+        "Redis, such as redis://localhost:6379/0, redis+sentinel:// or redis+cluster://; wins over DATABASE_URL",
+        secret=True,
     )
     database_url: str = _setting(
         "DATABASE_URL",

@@ -32,8 +32,8 @@ class Message(NamedTuple):
     """The event's id on the wire; empty for what no history keeps."""
     seq: int = 0
     """Its place in the history: higher than that of all that were sent before it, on any channel."""
-    reset: str = "unreadable-payload"
-    """Why there is a gap."""
+    moved: bool = False
+    """Whether there is a gap since another server has the channel now, and not since the history could not be read."""
 
 
 def read(channel: str, payload: str) -> Message:

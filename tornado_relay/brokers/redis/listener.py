@@ -161,7 +161,7 @@ class RedisListener:
             elif kind == b"subscribe":
                 confirmed.append(name.decode())
             elif kind == cluster.GAP:
-                messages.append(Message(name.decode(errors="replace"), None, reset="broker-reconnect"))
+                messages.append(Message(name.decode(errors="replace"), None, moved=True))
             elif kind == REFUSED:
                 log.error("Redis refused SUBSCRIBE %s: %s", name, what)
                 self.subscriptions.refuse(name, BrokerUnavailable(what))
