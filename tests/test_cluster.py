@@ -14,7 +14,7 @@ from relay import Relay, environment, run
 from servers import old_redis_binary, until
 
 from tornado_relay.brokers.redis import url
-from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, slot_of
+from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, parse, slot_of
 from tornado_relay.errors import SettingsError
 from tornado_relay.publish import open_publisher
 
@@ -243,6 +243,13 @@ def test_notify_in_django(group, tmp_path, pages, channel):
             [sys.executable, "-c", NOTIFY % channel], cwd=tmp_path, env=environment(**group.environment), check=True
         )
         got(pages, page, "committed")
+
+
+def test_url():
+    """Its hosts, and redis-py's options behind them."""
+    parts = parse("rediss+cluster://u:p%40@a:7000,[::1]?ssl_ca_certs=/etc/ca.pem")
+    assert (parts.addresses, parts.path) == ([("a", 7000), ("::1", 6379)], "")
+    assert parts.url("", parts.options) == "rediss://u:p%40@localhost/?ssl_ca_certs=%2Fetc%2Fca.pem"
 
 
 @pytest.mark.parametrize(

@@ -90,4 +90,5 @@ def _without_password(url: str) -> str:
         return "(set)"
     userinfo, at, hosts = authority.rpartition("@")
     user, colon, _ = userinfo.partition(":")
-    return f"{scheme}://{user}{':***' if colon else ''}{at}{hosts}/{path}".rstrip("/")
+    shown = path if rest[len(authority) :].startswith("/") else ""  # else it is options
+    return f"{scheme}://{user}{':***' if colon else ''}{at}{hosts}/{shown}".rstrip("/")

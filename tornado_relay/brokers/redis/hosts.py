@@ -28,12 +28,11 @@ class Hosts(NamedTuple):
 def split(url: str, port: int) -> Hosts:
     """Return the parts of ``url``; ``port`` is for hosts without one."""
     scheme, _, rest = url.partition("://")
-    authority, _, behind = rest.partition("/")
-    authority, _, query = authority.partition("?")
-    path, _, more = behind.partition("?")
+    rest, _, query = rest.partition("?")
+    authority, _, path = rest.partition("/")
     userinfo, at, hosts = authority.rpartition("@")
     addresses = []
     for host in filter(None, hosts.split(",")):
         parts = urlsplit(f"//{host}")
         addresses.append((parts.hostname or "localhost", parts.port or port))
-    return Hosts(scheme.startswith("rediss"), userinfo + at, addresses, path, parse_qsl(query or more))
+    return Hosts(scheme.startswith("rediss"), userinfo + at, addresses, path, parse_qsl(query))
