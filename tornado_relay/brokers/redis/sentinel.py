@@ -68,22 +68,34 @@ class Sentinels(redis.sentinel.Sentinel):
         self.master_name = group.name
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
-        """Return host and port of the master; raise redis.ConnectionError, without a password in it, if none is named."""
-        reasons = []
+        """
+        Return host and port of the master.
+
+        Raises:
+            redis.ResponseError: If every Sentinel says what asking again cannot mend: a password or name that is wrong.
+            redis.sentinel.MasterNotFoundError: If one says that the master is down, as before each fail-over.
+            redis.ConnectionError: If none answers. No error shows a password.
+
+        """
+        reasons, for_good, is_down = [], True, False
         for number, sentinel in enumerate(self.sentinels):
             try:
                 masters: Any = sentinel.sentinel_masters()
             except redis.RedisError as exc:
                 reasons.append(str(exc))
+                for_good &= isinstance(exc, (redis.AuthenticationError, redis.ResponseError))
                 continue
             state = masters.get(service_name)
-            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
+            if state:
                 # The one that answers is asked first the next time.
                 self.sentinels[0], self.sentinels[number] = sentinel, self.sentinels[0]
-                return state["ip"], state["port"]
+                if self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
+                    return state["ip"], state["port"]
+                for_good, is_down = False, True
             known = ", ".join(map(repr, masters)) or "none"
             reasons.append(f"{service_name!r} is down" if state else f"known to a Sentinel is {known}")
-        raise redis.sentinel.MasterNotFoundError(
+        unknown = redis.sentinel.MasterNotFoundError if is_down else redis.ConnectionError
+        raise (redis.ResponseError if for_good else unknown)(
             f"no Sentinel names a master for {service_name!r}: {'; '.join(dict.fromkeys(reasons))}"
         )
 
@@ -108,7 +120,9 @@ class MasterPool(redis.sentinel.SentinelConnectionPool):
             pause = ASK_SECONDS
             try:
                 self.get_master_address()  # type: ignore[no-untyped-call]
-            except redis.ConnectionError:
+            except redis.sentinel.MasterNotFoundError:
+                pass  # there will be another one in a moment, and it is to be found before readers leave this one
+            except redis.RedisError:
                 pause = _ASK_AGAIN_SECONDS
             self._ask_at = time.monotonic() + pause
         return super().get_connection()
