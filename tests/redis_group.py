@@ -4,11 +4,41 @@ import random
 import signal
 import socket
 import subprocess
-from contextlib import suppress
+import sys
+from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from relay import environment
 from servers import PATIENCE, RedisServer, free_port, redis_binary, until
+
+# A program of a Django project, for a channel: as a server of applications does, it forks once it has sent something.
+NOTIFY = """
+import os
+import django
+from django.conf import settings
+settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
+django.setup()
+from django.db import transaction
+from tornado_relay import notify
+
+def send(data):
+    with transaction.atomic():
+        notify(%r, {"data": data})
+
+send("parent")
+for number in range(3):
+    child = os.fork()
+    if not child:
+        send(f"child {number}")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+send("parent again")
+"""
+NOTIFIED = ("parent", "child 0", "child 1", "child 2", "parent again")
+"""What it sends."""
 
 
 class Member(RedisServer):
@@ -17,6 +47,7 @@ class Member(RedisServer):
     def __init__(self, home, *options, password=None, **more):
         home.mkdir()
         self.more = options
+        self.frozen = False
         self.password = password
         super().__init__(home, **more)
 
@@ -24,13 +55,22 @@ class Member(RedisServer):
         return [*super().command(), *self.more]
 
     def connect(self):
-        return redis.Redis(port=self.port, password=self.password, socket_timeout=PATIENCE)
+        at_once = Retry(NoBackoff(), 0)  # a server that is away is to be noticed as such
+        return redis.Redis(port=self.port, password=self.password, socket_timeout=PATIENCE, retry=at_once)
 
     def freeze(self):
         self.process.send_signal(signal.SIGSTOP)
+        self.frozen = True
 
     def thaw(self):
         self.process.send_signal(signal.SIGCONT)
+        self.frozen = False
+
+    def follows(self):
+        """Whether it is a replica, for which it cuts its clients off."""
+        with suppress(redis.ConnectionError):
+            return self.client.role()[0] == b"slave"
+        return False
 
     def end(self):
         """Kill it in whatever state it is."""
@@ -103,6 +143,11 @@ class Sentinels:
             return next(each for each in self.servers if each.port == port)
         return None
 
+    def is_down_to(self, port):
+        """Whether the Sentinel at ``port`` takes the master for dead."""
+        with redis.Redis(port=port, password=self.sentinel_password) as client:
+            return client.sentinel_masters()["mymaster"]["is_sdown"]
+
     def other(self, server):
         return next(each for each in self.servers if each is not server)
 
@@ -165,7 +210,7 @@ class Cluster:
 
     def owner(self, slot):
         """The server that has a slot, as those that are up see it."""
-        for each in self.servers:
+        for each in (each for each in self.servers if not each.frozen):
             with suppress(redis.RedisError):
                 for start, end, (_, port, *_), *_ in cluster(each, "SLOTS"):
                     if start <= slot <= end:
@@ -198,6 +243,17 @@ class Cluster:
     def end(self):
         for each in self.servers:
             each.end()
+
+
+@contextmanager
+def running(group, folder, *arguments):
+    """Make a `Sentinels` or a `Cluster` in a new folder, and end it."""
+    folder.mkdir(mode=0o755)
+    made = group(folder, *arguments)
+    try:
+        yield made
+    finally:
+        made.end()
 
 
 def cluster(server, *arguments):
@@ -236,3 +292,17 @@ def answers(client):
         return client.ping()
     except redis.ConnectionError:
         return False
+
+
+def notify_in_django(group, folder, channel):
+    """Have a project send `NOTIFIED`."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOTIFY % channel],
+        cwd=folder,
+        env=environment(**group.environment),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,20 +1,21 @@
 """Redis Cluster: events on their channel's shard, the history on one of them."""
 
 import re
-import subprocess
-import sys
 import time
+from contextlib import closing
 
 import pytest
-from failover import CHANNELS, NOTIFY, drill
 from pages import come_back, got, resets
 from programs import program
-from redis_group import Cluster
-from relay import Relay, environment, run
+from redis_group import NOTIFIED, Cluster, notify_in_django, running
+from relay import Relay, run, watched
 from servers import old_redis_binary, until
+from storm import CHANNELS, drill
+from test_check import findings
+from test_metrics import counted, named
 
 from tornado_relay.brokers.redis import url
-from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, parse, slot_of
+from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, TAG, parse, slot_of
 from tornado_relay.errors import SettingsError
 from tornado_relay.publish import open_publisher
 
@@ -22,31 +23,29 @@ from tornado_relay.publish import open_publisher
 @pytest.fixture
 def fragile(home, channel):
     """A Cluster of the test's own."""
-    folder = home / f"cluster-{channel}"
-    folder.mkdir(mode=0o755)
-    group = Cluster(folder)
-    yield group
-    group.end()
+    with running(Cluster, home / f"cluster-{channel}") as group:
+        yield group
+
+
+@pytest.fixture
+def group(lasting):
+    """A Cluster whose servers stay; none has a history."""
+    lasting.owner(HISTORY_SLOT).client.delete(f"{TAG}:history", f"{TAG}:spans")
+    return lasting
 
 
 @pytest.fixture(scope="module")
-def group(home):
-    """A Cluster whose servers stay, and know SPUBLISH, as the wheel's do not."""
-    folder = home / "cluster"
-    folder.mkdir(mode=0o755)
-    group = Cluster(folder, program("redis-server"))
-    yield group
-    group.end()
+def lasting(home):
+    """One whose servers know SPUBLISH, as the wheel's do not."""
+    with running(Cluster, home / "cluster", program("redis-server")) as group:
+        yield group
 
 
 @pytest.fixture(scope="module")
 def old(home):
     """A Cluster of version 6.2, which has no SPUBLISH."""
-    folder = home / "old-cluster"
-    folder.mkdir(mode=0o755)
-    group = Cluster(folder, old_redis_binary())
-    yield group
-    group.end()
+    with running(Cluster, home / "old-cluster", old_redis_binary()) as group:
+        yield group
 
 
 def moved(group, slot, before):
@@ -103,11 +102,11 @@ def test_shard_without_the_history_is_killed(fragile, tmp_path):
 
 
 def test_slot_that_moves_is_told_to_its_channels_alone(group, tmp_path, pages, channel):
-    """While events are published to it and to another one."""
+    """While events are published to it and to another one; the connection counts as whole."""
     other = f"{channel}-other"
     publisher = open_publisher("redis", group.url)
-    with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
-        page, stays = pages.open(relay.port, [f"/channel={channel}", f"/channel={other}"])
+    with watched(tmp_path, workers=1, **group.environment) as relay:
+        page, stays = pages.open(relay.relay.port, [f"/channel={channel}", f"/channel={other}"])
         source = group.owner(slot_of(channel))
         target = next(each for each in group.servers[:3] if each is not source)
         group.migrate(slot_of(channel), target)
@@ -118,7 +117,9 @@ def test_slot_that_moves_is_told_to_its_channels_alone(group, tmp_path, pages, c
         got(pages, page, "here")
         got(pages, stays, "there")
         assert not resets(stays)
-        assert "is not reachable" not in relay.log
+        assert "is not reachable" not in relay.relay.log
+        assert counted(relay, "resets") == {"broker-reconnect": 1}
+        assert counted(relay, "broker_reconnects") == {}
         target.client.execute_command("SPUBLISH", channel, "by hand")
         got(pages, page, "here", "by hand")
     publisher.close()
@@ -144,10 +145,10 @@ def test_history_that_moves(fragile, tmp_path, pages, channel):
 
 
 def test_master_that_stands_still(fragile, tmp_path, pages, channel):
-    """As behind a cut cable: the reader leaves it for the one in its place."""
+    """As behind a cut cable: the reader leaves it for the one in its place, and metrics say so."""
     publisher = open_publisher("redis", fragile.url)
-    with Relay(tmp_path, "--workers", "1", **fragile.environment) as relay:
-        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+    with watched(tmp_path, workers=1, **fragile.environment) as relay:
+        (page,) = pages.open(relay.relay.port, [f"/channel={channel}"])
         old = fragile.owner(slot_of(channel))
         old.freeze()
         moved(fragile, slot_of(channel), old)
@@ -155,6 +156,11 @@ def test_master_that_stands_still(fragile, tmp_path, pages, channel):
         old.thaw()
         publisher.publish(channel, "x")
         got(pages, page, "x")
+        assert counted(relay, "broker_reconnects")[""] >= 1
+        told = relay.metrics()
+        assert named(told, "sse_relay_broker_up") == {"0": 1}
+        assert told["sse_relay_delivery_latency_seconds_count",] == 1
+        until(lambda: named(relay.metrics(), "sse_relay_broker_probe_seconds").get("0"), "a probe")
     publisher.close()
 
 
@@ -200,6 +206,16 @@ def test_channels_are_spread_over_the_shards(group, tmp_path, pages, channel):
     publisher.close()
 
 
+def test_servers_that_do_not_know_their_address(group, tmp_path):
+    """As behind a load balancer: all are where the first one is."""
+    for each in group.servers:
+        each.client.config_set("cluster-preferred-endpoint-type", "unknown-endpoint")
+    checked = run("check", cwd=tmp_path, **group.environment)
+    for each in group.servers:
+        each.client.config_set("cluster-preferred-endpoint-type", "ip")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_servers_without_spublish(old, tmp_path, pages, channel):
     """Redis 6: PUBLISH, with and without a history."""
     publisher = open_publisher("redis", old.url)
@@ -221,10 +237,46 @@ def test_servers_without_spublish(old, tmp_path, pages, channel):
 
 
 def test_check(group, tmp_path):
-    """It says what is there."""
-    checked = run("check", cwd=tmp_path, **group.environment)
+    """It looks at all masters, and for the history at the one that has it."""
+    keeper = group.owner(HISTORY_SLOT)
+    other = next(each for each in group.servers[:3] if each is not keeper)
+    other.client.config_set("client-output-buffer-limit", "pubsub 1mb 1mb 60")
+    other.client.config_set("maxmemory", "100mb")
+    other.client.config_set("maxmemory-policy", "allkeys-lru")
+    with Relay(tmp_path, "--workers", "1", "--history", "7", **group.environment) as relay:
+        until(lambda: "the history is at" in relay.log, "there is a history")
+        checked = run("check", "--history", "10", cwd=tmp_path, **group.environment)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert re.search(rf"Redis \(used\): 127.0.0.1:{group.servers[0].port},.* an event took", checked.stdout)
+    assert f"127.0.0.1:{keeper.port}: 7 events of each channel are kept" in checked.stdout
+    assert re.search(
+        rf"Redis \(used\): 127.0.0.1:{group.servers[0].port},.*, now at 127.0.0.1:{keeper.port}, .* an event took",
+        checked.stdout,
+    )
+    for each in group.servers[:3]:
+        level = "WARN" if each is other else "ok"
+        assert re.search(rf"^{level} +Redis.*127.0.0.1:{each.port}: Redis keeps ", checked.stdout, re.MULTILINE)
+    keeper.client.config_set("maxmemory", "100mb")
+    keeper.client.config_set("maxmemory-policy", "allkeys-lru")
+    assert findings(tmp_path, RELAY_HISTORY="10", **group.environment)["redis.eviction"]["level"] == "failure"
+    for each in (keeper, other):
+        each.client.config_set("maxmemory", "0")
+
+
+def test_user_with_few_channels(group, tmp_path, pages, channel):
+    """May listen to those alone; one that may not SSUBSCRIBE is refused, as it would miss events."""
+    for each in group.servers:
+        for user in (["few", "&few-*", "+@all"], ["none", "&*", "+@all", "-ssubscribe"]):
+            each.client.execute_command("ACL", "SETUSER", *user, "on", ">pw", "~*")
+    few, none = (group.url.replace("//", f"//{name}:pw@") for name in ("few", "none"))
+    with (
+        Relay(tmp_path, "--workers", "1", REDIS_URL=few) as relay,
+        closing(open_publisher("redis", few)) as publisher,
+    ):
+        (page,) = pages.open(relay.port, [f"/channel=few-{channel}"])
+        publisher.publish(f"few-{channel}", "x")
+        got(pages, page, "x")
+    done = run("--port", "0", cwd=tmp_path, REDIS_URL=none)
+    assert (done.returncode, "ssubscribe" in done.stderr) == (1, True)
 
 
 def test_cluster_that_is_none(redis_server, tmp_path):
@@ -236,13 +288,11 @@ def test_cluster_that_is_none(redis_server, tmp_path):
 
 
 def test_notify_in_django(group, tmp_path, pages, channel):
-    """At the commit, to the channel's shard."""
+    """At the commit, to the channel's shard, from a process and those that it forks."""
     with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
-        subprocess.run(
-            [sys.executable, "-c", NOTIFY % channel], cwd=tmp_path, env=environment(**group.environment), check=True
-        )
-        got(pages, page, "committed")
+        notify_in_django(group, tmp_path, channel)
+        got(pages, page, *NOTIFIED)
 
 
 def test_url():

@@ -14,8 +14,9 @@ from programs import program
 from psycopg2.extensions import parse_dsn
 from relay import Relay, run
 from servers import PATIENCE, execute, free_port, until
+from storm import is_part, storm
 from team import Project
-from test_history import is_part, listeners, storm
+from test_history import listeners
 
 from tornado_relay import BrokerError, BrokerUnavailable
 from tornado_relay.publish import open_publisher

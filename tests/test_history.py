@@ -1,11 +1,9 @@
 """Streams over the losses that history is for: on real servers, with real signals, while events are published."""
 
-import json
 import os
 import random
 import signal
 import socket
-import threading
 import time
 from contextlib import ExitStack, suppress
 
@@ -17,9 +15,7 @@ from pages import Pages
 from redis.exceptions import RedisError
 from relay import Relay, run
 from servers import PostgresServer, RedisServer, until
-
-EVENTS = 5000
-CHANNELS = [f"channel-{number}" for number in range(20)]
+from storm import CHANNELS, EVENTS, difference, kept_events, storm
 
 
 @pytest.fixture
@@ -41,92 +37,6 @@ def server(request, home, channel, tmp_path):
 
 both = pytest.mark.parametrize("server", ["postgres", "redis"], indirect=True)
 redis = pytest.mark.parametrize("server", ["redis"], indirect=True)
-
-
-def storm(broker, tmp_path, disturb, *, untouched=None, environment=None):
-    """
-    Publish while ``disturb(relays)`` does its worst, to 200 streams with history and 200 without, and compare.
-
-    ``untouched`` says of a stream without history whether it could miss anything at all.
-    """
-    with ExitStack() as stack:
-        relays = [
-            stack.enter_context(
-                Relay(tmp_path, "--workers", "2", "--history", history, **(environment or broker.environment))
-            )
-            for history in ("100000", "0")
-        ]
-        ports = [relay.port for relay in relays]
-        paths = [f"/channel={channel}" for channel in CHANNELS for _ in range(10)]
-        fleets = [stack.enter_context(Fleet(paths, port)) for port in ports]
-        numbers = Numbers(broker, CHANNELS, EVENTS)
-        done = threading.Event()
-        errors = []
-
-        def work():
-            try:
-                disturb(relays, fleets)
-            except Exception as exc:
-                errors.append(exc)
-            finally:
-                done.set()
-
-        disturber = threading.Thread(target=work, daemon=True)
-        numbers.start()
-        disturber.start()
-
-        def step(condition, what, seconds):
-            end = time.monotonic() + seconds
-            while not condition():
-                assert time.monotonic() < end, f"{what}: {[relay.log[-3000:] for relay in relays]}"
-                for fleet in fleets:
-                    fleet.step(0.01)
-
-        step(done.is_set, "the disturbance ends", 120)
-        numbers.enough.set()
-        step(lambda: not numbers.is_alive(), "all are published", 60)
-        assert not errors
-        truth = {channel: kept_events(broker, channel) for channel in CHANNELS}
-        for channel in CHANNELS:
-            assert is_part(numbers.taken[channel], truth[channel]), "an event that the broker took is not kept"
-        with_history, without = (
-            [(stream, truth[stream.path.removeprefix("/channel=")]) for stream in fleet.streams] for fleet in fleets
-        )
-        step(lambda: all(stream.got[-1:] == kept[-1:] for stream, kept in with_history), "the last event", 60)
-        for stream, kept in with_history:
-            assert stream.got == kept, difference(stream, kept)
-            assert not stream.resets
-        for channel in CHANNELS:
-            broker.publish(channel, "end")
-        step(lambda: all(stream.got[-1:] == ["end"] for stream, _ in without), "the end", 60)
-        for stream, kept in without:
-            got = stream.got[:-1]
-            assert is_part(got, kept), f"out of order or doubled: {difference(stream, kept)}"
-            assert stream.resets or got == kept, f"missed without a word: {difference(stream, kept)}"
-            if untouched and untouched(stream):
-                assert (stream.resets, got) == ([], kept)
-        return fleets
-
-
-def kept_events(broker, channel):
-    if broker.kind == "postgres":
-        rows = broker.execute(
-            "SELECT payload::jsonb ->> 'data' FROM sse_relay.event WHERE channel = %s ORDER BY id", channel
-        )
-        return [data for (data,) in rows]
-    found = broker.client.xrange(f"sse-relay:events:{channel}")
-    return [json.loads(fields[b"payload"])["data"] for _, fields in found]
-
-
-def is_part(some, whole):
-    """Whether ``some`` are in ``whole``, in its order, each once."""
-    rest = iter(whole)
-    return all(item in rest for item in some)
-
-
-def difference(stream, kept):
-    lost = [item for item in kept if item not in set(stream.got)]
-    return f"{stream.path}: {stream.connections} connections, {len(stream.got)} of {len(kept)}, lost {lost[:20]}"
 
 
 def only_once(stream):

@@ -201,8 +201,8 @@ def test_page_whose_token_names_its_channels(redis_server, tmp_path, pages):
 
 def test_every_reason_of_a_stream_reset_is_explained():
     """And no other is."""
-    sources = "".join(path.read_text() for path in (ROOT / "tornado_relay").glob("*.py"))
-    sent = re.findall(r'(?:stream_reset|reset|restart|tell)\((?:stream, )?"([a-z-]+)"', sources)
+    sources = "".join(path.read_text() for path in (ROOT / "tornado_relay").rglob("*.py"))
+    sent = re.findall(r'(?:(?:stream_reset|reset|restart|tell)\((?:stream, )?|reason: str = )"([a-z-]+)"', sources)
     assert set(sent) == set(RESETS.at)
     table = README[README.index("| reason |") :].partition("\n\n")[0]
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.MULTILINE)) == set(sent)

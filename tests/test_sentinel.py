@@ -2,17 +2,19 @@
 
 import json
 import re
-import subprocess
-import sys
+import socket
 import time
 
 import pytest
 import redis
-from failover import NOTIFY, drill
+from outages import Proxy
 from pages import come_back, got, resets
-from redis_group import Sentinels
-from relay import Relay, environment, run
+from redis_group import NOTIFIED, Sentinels, notify_in_django, running
+from relay import Relay, run, watched
 from servers import free_port, until
+from storm import drill
+from test_check import findings
+from test_metrics import counted, named
 
 from tornado_relay.brokers.redis import sentinel, url
 from tornado_relay.brokers.redis.watch import LEAVE_SECONDS
@@ -22,21 +24,15 @@ from tornado_relay.publish import open_publisher
 
 @pytest.fixture
 def group(home, channel):
-    folder = home / f"group-{channel}"
-    folder.mkdir(mode=0o755)
-    group = Sentinels(folder)
-    yield group
-    group.end()
+    with running(Sentinels, home / f"group-{channel}") as group:
+        yield group
 
 
 @pytest.fixture(scope="module")
 def steady(home):
     """A group whose master stays."""
-    folder = home / "steady"
-    folder.mkdir(mode=0o755)
-    group = Sentinels(folder)
-    yield group
-    group.end()
+    with running(Sentinels, home / "steady") as group:
+        yield group
 
 
 def moved(group, old):
@@ -108,8 +104,11 @@ def test_publisher_leaves_a_replaced_master_before_listeners_do(group, tmp_path,
     with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         old = group.master()
+        sent = ["first"]
+        publisher.publish(channel, '{"data":"first"}')
         group.shut_sentinels_out(old)
-        sent = []
+        # Asked now, they name no master.
+        until(lambda: all(map(group.is_down_to, group.ports)), "the Sentinels miss it")
 
         def publish():
             sent.append(str(len(sent)))
@@ -123,19 +122,25 @@ def test_publisher_leaves_a_replaced_master_before_listeners_do(group, tmp_path,
 
 
 def test_master_that_stands_still(group, tmp_path, pages, channel):
-    """As behind a cut cable: it is left, and when it is back it is nobody's master."""
+    """As behind a cut cable: it is left, and when it is back it is nobody's master. Metrics say what happened."""
     publisher = open_publisher("redis", group.url)
-    with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
-        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+    with watched(tmp_path, workers=1, **group.environment) as relay:
+        (page,) = pages.open(relay.relay.port, [f"/channel={channel}"])
         old = group.master()
         old.freeze()
         moved(group, old)
         listening(group, 1)
         pages.until(lambda: resets(page), "the stream is told")
         old.thaw()
-        until(lambda: old.client.role()[0] == b"slave", "it follows", 40)
+        until(old.follows, "it follows", 40)
         publisher.publish(channel, "x")
         got(pages, page, "x")
+        assert counted(relay, "broker_reconnects") == {"": 1}
+        assert counted(relay, "resets") == {"broker-reconnect": 1}
+        told = relay.metrics()
+        assert named(told, "sse_relay_broker_up") == {"0": 1}
+        assert told["sse_relay_delivery_latency_seconds_count",] == 1
+        until(lambda: named(relay.metrics(), "sse_relay_broker_probe_seconds").get("0"), "a probe of the new master")
     publisher.close()
 
 
@@ -163,12 +168,20 @@ def test_event_that_was_not_handed_on_is_told_to_who_comes_back(group, tmp_path,
     publisher.publish(channel, '{"data":"lost"}')
     old.stop("immediate")
     moved(group, old)
+    publisher.publish(channel, '{"data":"2"}')
+    publisher.publish(channel, '{"data":"3"}')
     with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
         back = come_back(pages, relay, channel, page.events[0].id)
         pages.until(lambda: back.events, "an answer")
         assert resets(back) == [{"reason": "unknown-id", "channels": [channel]}]
-        publisher.publish(channel, '{"data":"2"}')
-        got(pages, back, "2")
+        publisher.publish(channel, '{"data":"4"}')
+        got(pages, back, "4")
+        # What the new master took before a relay was there is as good as any.
+        late = come_back(pages, relay, channel, "earliest")
+        got(pages, late, "1", "2", "3", "4")
+        again = come_back(pages, relay, channel, late.events[1].id)
+        got(pages, again, "3", "4")
+        assert not resets(again)
     publisher.close()
 
 
@@ -206,6 +219,24 @@ def test_passwords_of_servers_and_of_sentinels(steady, tmp_path, pages, channel)
     assert not [secret for secret in ("p@ss", "p%40ss", "s/ent", "s%2Fent") if secret in shown]
 
 
+def test_check_looks_at_the_master(steady, tmp_path):
+    """And not at its replica, of which it says nothing."""
+    master, variables = steady.master(), steady.environment
+    steady.other(master).client.config_set("client-output-buffer-limit", "pubsub 1mb 1mb 60")
+    found = findings(tmp_path, "--workers", "2", RELAY_HISTORY="10", **variables)
+    assert {name for name, each in found.items() if each["level"] != "ok" and name.startswith("redis")} == {
+        "redis.persistence"
+    }
+    assert f"127.0.0.1:{master.port}: " in found["redis.history"]["text"]
+    master.client.config_set("client-output-buffer-limit", "pubsub 1mb 1mb 60")
+    master.client.config_set("maxmemory", "100mb")
+    master.client.config_set("maxmemory-policy", "allkeys-lru")
+    found = findings(tmp_path, "--workers", "2", RELAY_HISTORY="10", **variables)
+    assert found["redis.pubsub-buffer"]["level"] == "warning"
+    assert found["redis.eviction"]["level"] == "failure"
+    master.client.config_set("maxmemory", "0")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -223,13 +254,42 @@ def test_what_is_wrong_is_said(steady, tmp_path, old, new, said):
     assert "p%40ss" not in checked.stdout + checked.stderr
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("mymaster", "theirs", "no Sentinel names a master for 'theirs': known to a Sentinel is 'mymaster'"),
+        ("s%2Fent", "wrong", "WRONGPASS|invalid username-password"),
+        ("p%40ss", "wrong", "WRONGPASS|invalid username-password"),
+    ],
+)
+def test_relay_does_not_start_on_what_cannot_be_mended(steady, tmp_path, old, new, said):
+    """A name or a password that is wrong ends the command."""
+    done = run("--port", "0", cwd=tmp_path, REDIS_URL=steady.url.replace(old, new))
+    assert done.returncode == 1
+    assert re.search(said, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_relay_waits_for_sentinels(steady, tmp_path, pages, channel):
+    """None can be reached at the start; when one can, streams open."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, Proxy(silent.getsockname()[1]) as proxy:
+        address = re.sub("@.*/mymaster", f"@127.0.0.1:{proxy.port}/mymaster", steady.url)
+        with Relay(tmp_path, "--workers", "1", REDIS_URL=address) as relay:
+            until(lambda: "next try in" in relay.log, "the first try")
+            assert "no Sentinel names a master for 'mymaster'" in relay.log
+            proxy.lead_to(steady.ports[0])
+            until(lambda: "Redis connected" in relay.log, "the relay is there")
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            steady.publish(channel, "x")
+            got(pages, page, "x")
+
+
 def test_notify_in_django(steady, tmp_path, pages, channel):
-    """At the commit, to the master."""
+    """At the commit, to the master, from a process and those that it forks."""
     with Relay(tmp_path, "--workers", "1", **steady.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
-        code = NOTIFY % channel
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**steady.environment), check=True)
-        pages.until(lambda: page.data == ["committed"], "the event")
+        notify_in_django(steady, tmp_path, channel)
+        got(pages, page, *NOTIFIED)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ class Hub:
         for message in messages:
             channel, seq = message.channel, message.seq
             if self.history:
-                if message.moved and channel not in self.unkept:
+                if message.payload is None and message.reason == "broker-reconnect" and channel not in self.unkept:
                     continue  # a gap in what no history keeps, and there was nothing of that
                 self._note(message, own)
             solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
@@ -182,7 +182,7 @@ class Hub:
             deliveries += streams
             size += streams * len(frame)
             if message.payload is None:
-                self.counts.add(RESETS, "unreadable-payload", streams)
+                self.counts.add(RESETS, message.reason, streams)
         # Here, for all streams of a batch: sending is what happens most often.
         self.counts.deliver(len(messages), deliveries, size)
         self._send(shared, own, (began if arrived is None else arrived, began))
@@ -240,15 +240,19 @@ class Hub:
         for sink in self:
             self.tell(sink, reason, sink.channels)
 
-    def restart(self, reason: str, position: int) -> None:
-        """Tell every stream so, and put all at ``position``: what they had before is of another history."""
+    def restart(self, reason: str, position: int, held: int | None = None) -> None:
+        """
+        Tell every stream so, and put all at ``position``: what they had before is of another history.
+
+        Those that are held are put at ``held``, where it is given, unless they are before that.
+        """
         self.reset(reason)
         self.seq, self.id = 0, ""
         self.epoch += 1
         self.unkept = dict.fromkeys(self.unkept)
         self._unplaced = dict.fromkeys(self.unkept)
         for sink, place in list(self._sinks.items()):
-            sink.position = position
+            sink.position = position if held is None or place is not self._held else min(sink.position, held)
             if place is self._ahead:
                 self.add(sink)
 
@@ -269,10 +273,7 @@ class Hub:
 
     def _frame(self, message: Message) -> bytes:
         if message.payload is None:
-            channels = (message.channel,)
-            if message.moved:
-                return events.stream_reset("broker-reconnect", channels)
-            return events.stream_reset("unreadable-payload", channels)
+            return events.stream_reset(message.reason, (message.channel,))
         if not self.history:
             return events.frame(message.payload)
         return events.frame(message.payload, message.id)

@@ -228,18 +228,11 @@ class Replay:
                 sink.position = head.seq
         elif self._head and not self._spans.admits(self._head):
             log.error("the broker has lost events: its history does not go on from %s", self._head)
-            self._restart(head, self._spans)
+            # Streams that are held get what there is behind the last event that may be lost.
+            self._hub.restart("history-lost", head.seq, self._spans.behind({*self._tokens, self._head.token}, head.seq))
+            for stream in self._behind:
+                stream.told = dict.fromkeys(stream.audible, head.seq)
         self.active, self._head, self._goes_on, self._tokens = True, head, True, set(self._spans)
-
-    def _restart(self, head: Cursor, spans: Spans) -> None:
-        """Tell all streams; those that are held get what there is behind the last event that may be lost."""
-        tokens = {*self._tokens, *([self._head.token] if self._head else ())}
-        end = spans.behind(tokens)
-        held = {stream: stream.position if end is None else min(stream.position, end) for stream in self._behind}
-        self._hub.restart("history-lost", head.seq)
-        for stream, position in held.items():
-            stream.position = position
-            stream.told = dict.fromkeys(stream.audible, head.seq)
 
     def _do_without(self) -> None:
         if self.active or self._spans is None:

@@ -27,9 +27,7 @@ LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
 
 
 def _setting(variable: str, default: Any, parse: Callable[[str], Any], meaning: str, **more: Any) -> Any:
-    flag = "--" + variable.removeprefix("RELAY_").removeprefix("SERVER_").removeprefix("HTTP_").lower().replace(
-        "_", "-"
-    )
+    flag = "--" + re.sub("^(RELAY_)?(SERVER_)?(HTTP_)?", "", variable).lower().replace("_", "-")
     metadata = {"variable": variable, "flag": flag, "parse": parse, "meaning": meaning, **more}
     return dataclasses.field(default=default, metadata=metadata)
 

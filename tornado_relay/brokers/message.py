@@ -27,13 +27,13 @@ class Message(NamedTuple):
 
     channel: str
     payload: str | None
-    """What `events.parse` takes; None where the streams are to be told that there is a gap."""
+    """What `events.parse` takes; None where there is a gap, of which the streams are to be told."""
     id: str = ""
     """The event's id on the wire; empty for what no history keeps."""
     seq: int = 0
     """Its place in the history: higher than that of all that were sent before it, on any channel."""
-    moved: bool = False
-    """Whether there is a gap since another server has the channel now, and not since the history could not be read."""
+    reason: str = "unreadable-payload"
+    """Why there is a gap, if there is one, as `stream-reset` has it."""
 
 
 def read(channel: str, payload: str) -> Message:

@@ -25,8 +25,10 @@ class Listener(Protocol):
 
     name: str
     subscriptions: Subscriptions
-    latency: float | None
-    """Seconds that the last round trip to the broker took, or None before the first."""
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds that the last round trip to the broker took, or None before the first."""
 
     def audible(self, channels: Iterable[str]) -> tuple[str, ...]:
         """Return the channels whose events a stream on ``channels`` hears."""

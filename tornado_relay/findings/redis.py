@@ -26,48 +26,74 @@ def of_redis(settings: Settings, *, used: bool) -> Iterator[Finding]:
     """
     import redis  # noqa: PLC0415
 
+    from ..brokers.redis import scripts  # noqa: PLC0415
     from ..brokers.redis import url as urls  # noqa: PLC0415
+    from ..brokers.redis.listener import links_to  # noqa: PLC0415  (Tornado)
 
-    client = redis.Redis(connection_pool=urls.pool(settings.redis_url, "sse-relay-check"))
+    url, name = settings.redis_url, "sse-relay-check"
+    links, clients = None, {}
     try:
-        yield Finding(OK, "redis", _event(settings, client))
+        links = links_to(url, name)
+        # The server of the history is the first of several.
+        clients = {server: redis.Redis(connection_pool=urls.pool(url, name, server)) for server in links.masters}
+        main, client = next(iter(clients.items()))
+        version = client.info("server")["redis_version"]
+        place = urls.shown(url) + (f", now at {', '.join(clients)}" if main else "")
+        yield Finding(OK, "redis", f"{place}, version {version}: an event took {_event(url, links) * 1000:.1f} ms")
         if used:
-            yield from _limits(settings, client)
+            for server, each in clients.items():
+                yield from _limits(settings, server, each, keeps=bool(settings.history) and server == main)
+            yield from _clock(client)
             if settings.history:
-                yield from _history(client)
+                yield from _history(main, client, scripts.Keys(urls.prefix(url)).state)
     except redis.RedisError as exc:
         raise RelayError(f"cannot be reached: {exc}") from exc
     finally:
-        client.connection_pool.disconnect()
+        for each in clients.values():
+            each.connection_pool.disconnect()
+        if links:
+            links.close()
 
 
-def _event(settings: Settings, client: Any) -> str:
-    from ..brokers.redis import url as urls  # noqa: PLC0415
-
+def _event(url: str, links: Any) -> float:
+    """Return how many seconds an event takes."""
     channel = f"sse_relay_check_{secrets.token_hex(8)}"
-    publisher = open_publisher("redis", settings.redis_url)
+    publisher = open_publisher("redis", url)
     try:
-        version = client.info("server")["redis_version"]
-        with client.pubsub(ignore_subscribe_messages=True) as pubsub:
-            pubsub.subscribe(channel)
-            pubsub.get_message(timeout=TIMEOUT)  # the confirmation
-            started = time.monotonic()
-            publisher.publish(channel, "{}")
-            if pubsub.get_message(timeout=TIMEOUT) is None:
-                raise RelayError("a PUBLISH did not come back to SUBSCRIBE")
-            taken = time.monotonic() - started
-        return f"{urls.shown(settings.redis_url)}, version {version}: an event took {taken * 1000:.1f} ms"
+        links.send([("SUBSCRIBE", [channel])])
+        _until_there(links, b"subscribe")
+        started = time.monotonic()
+        publisher.publish(channel, "{}")
+        _until_there(links, b"message")
+        return time.monotonic() - started
     finally:
         publisher.close()
 
 
-def _limits(settings: Settings, client: Any) -> Iterator[Finding]:
+def _until_there(links: Any, kind: bytes) -> None:
+    """Read until a reply of this kind is there."""
+    from ..brokers.redis.link import REFUSED  # noqa: PLC0415
+
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        for link in links.wait()[1]:
+            for found, _, text in links.checked(link.batch()[0]):
+                if found == kind:
+                    return
+                if found == REFUSED:
+                    raise RelayError(f"a subscription was refused: {text}")
+    raise RelayError("a PUBLISH did not come back to SUBSCRIBE")
+
+
+def _limits(settings: Settings, server: str, client: Any, *, keeps: bool) -> Iterator[Finding]:
+    """Look at one server, which the relay's history is read from if it ``keeps`` that."""
+    at = f"{server}: " if server else ""
     clients, limit = client.info("clients"), _config(client, "maxclients")
     if limit:
-        each = 1 + bool(settings.history) + bool(settings.publish_token)
+        each = 1 + keeps + bool(settings.publish_token)
         yield from of_room(
             "redis",
-            f"maxclients {limit}",
+            f"{at}maxclients {limit}",
             int(limit) - clients["connected_clients"],
             2 * settings.worker_count * each,
             "raise maxclients, or start fewer workers",
@@ -75,44 +101,47 @@ def _limits(settings: Settings, client: Any) -> Iterator[Finding]:
     buffer = _config(client, "client-output-buffer-limit")
     name = "redis.pubsub-buffer"
     if buffer is None:
-        yield Finding(OK, name, "how much Redis keeps for a subscriber is not shown to this user (CONFIG GET)")
+        yield Finding(OK, name, f"{at}how much Redis keeps for a subscriber is not shown to this user (CONFIG GET)")
     else:
         hard, soft, seconds = map(int, buffer.partition("pubsub ")[2].split()[:3])
-        text = f"Redis keeps {_bytes(hard)} for a subscriber, or {_bytes(soft)} for {seconds} s, and throws it out then"
+        text = f"{at}Redis keeps {_bytes(hard)} for a subscriber, or {_bytes(soft)} for {seconds} s, and throws it out then"
         if hard and hard < PUBSUB_BYTES:
             advice = "CONFIG SET client-output-buffer-limit 'pubsub 256mb 64mb 60', as events come in bursts"
             yield Finding(WARNING, name, text, advice)
         else:
-            yield Finding(OK, name, text if hard else "Redis keeps for a subscriber whatever it does not read")
+            yield Finding(OK, name, text if hard else f"{at}Redis keeps for a subscriber whatever it does not read")
+
+
+def _clock(client: Any) -> Iterator[Finding]:
     before = time.time()
     seconds, microseconds = client.time()
     yield from of_clock("redis", seconds + microseconds / 1e6 - (before + time.time()) / 2)
 
 
-def _history(client: Any) -> Iterator[Finding]:
-    from ..brokers.redis import scripts  # noqa: PLC0415
-
-    name = "redis.history"
+def _history(server: str, client: Any, state: str) -> Iterator[Finding]:
+    name, at = "redis.history", f"{server}: " if server else ""
     memory, persistence = client.info("memory"), client.info("persistence")
     if memory.get("maxmemory") and memory.get("maxmemory_policy") != "noeviction":
-        text = f"maxmemory-policy is {memory['maxmemory_policy']}: when Redis is full, events of the history go unsaid"
+        text = (
+            f"{at}maxmemory-policy is {memory['maxmemory_policy']}: when Redis is full, events of the history go unsaid"
+        )
         yield Finding(
             FAILURE, "redis.eviction", text, "CONFIG SET maxmemory-policy noeviction, or give it a Redis of its own"
         )
     saves = _config(client, "save")
     if not persistence.get("aof_enabled") and not saves:
-        text = "Redis keeps nothing on disk: when it starts again the history is gone, and every page is told so"
+        text = f"{at}Redis keeps nothing on disk: when it starts again the history is gone, and every page is told so"
         yield Finding(WARNING, "redis.persistence", text, "CONFIG SET appendonly yes")
     elif not persistence.get("aof_enabled"):
-        text = "Redis saves from time to time: a crash loses the events since then, and every page is told so"
+        text = f"{at}Redis saves from time to time: a crash loses the events since then, and every page is told so"
         yield Finding(WARNING, "redis.persistence", text, "CONFIG SET appendonly yes")
-    keep, seconds = client.hmget(scripts.STATE, "keep", "seconds")
+    keep, seconds = client.hmget(state, "keep", "seconds")
     used = f"Redis takes {_bytes(memory['used_memory'])}"
     if keep is None:
-        text = f"no history is kept yet; {used}"
+        text = f"{at}no history is kept yet; {used}"
         yield Finding(OK, name, f"{text}. The first relay that starts with RELAY_HISTORY has it kept")
     else:
-        text = f"{int(keep)} events of each channel are kept for {float(seconds):.0f} s; {used}"
+        text = f"{at}{int(keep)} events of each channel are kept for {float(seconds):.0f} s; {used}"
         yield Finding(OK, name, text)
 
 

@@ -53,12 +53,12 @@ class Spans:
         """The place just before the first event of the first span."""
         return min((start for start, _ in self._ranges.values()), default=0)
 
-    def behind(self, tokens: Container[str]) -> int | None:
-        """Return the place where the last span of ``tokens`` ends, or all begin where there is none; None if it goes on."""
-        place: int | None = self.begin
+    def behind(self, tokens: Container[str], head: int) -> int:
+        """Return the place where the last span of ``tokens`` ends, ``head`` if it goes on, or that where all begin."""
+        place = self.begin
         for token, (_, end) in self._ranges.items():
             if token in tokens:
-                place = None if end is None else end - 1
+                place = head if end is None else end - 1
         return place
 
     def admits(self, cursor: Cursor) -> bool:

@@ -111,8 +111,12 @@ class Topology:
         self.refresh()
         if servers and self.master(HISTORY_SLOT) != servers[0]:
             return f"the history is at {self.master(HISTORY_SLOT)} now"
-        masters = {master for _, _, master in self._ranges}
-        return ", ".join(f"{server} is no master any more" for server in servers if server not in masters)
+        return ", ".join(f"{server} is no master any more" for server in servers if server not in self.masters)
+
+    @property
+    def masters(self) -> set[str]:
+        """All servers that have slots."""
+        return {master for _, _, master in self._ranges}
 
     def _ask(self, server: str) -> dict[tuple[int, int], list[str]]:
         """Return the servers of each range of slots, the master first."""
@@ -126,8 +130,10 @@ class Topology:
         if not found:
             raise redis.ConnectionError(f"{server} is in no Cluster yet")
         own = server.rpartition(":")[0]
+        # A server may leave out the hosts: then they are where it is.
         return {
-            (start, end): [f"{host.decode() or own}:{port}" for host, port, *_ in nodes] for start, end, *nodes in found
+            (start, end): [f"{(host or b'').decode() or own}:{port}" for host, port, *_ in nodes]
+            for start, end, *nodes in found
         }
 
 
@@ -192,6 +198,17 @@ class ClusterLinks:
     def servers(self) -> list[str]:
         """Those that there are connections to, the history's first."""
         return list(self._links)
+
+    @property
+    def masters(self) -> list[str]:
+        """All that may be connected to, the history's first."""
+        return list(dict.fromkeys([*self._links, *self._topology.masters]))
+
+    @property
+    def latency(self) -> float | None:
+        """See `Link`; that of the slowest server."""
+        known = [link.latency for link in list(self._links.values()) if link.latency is not None]
+        return max(known, default=None)
 
     def send(self, commands: list[Command]) -> None:
         """Subscribe and unsubscribe."""

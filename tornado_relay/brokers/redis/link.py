@@ -54,6 +54,9 @@ class Link:
         self.connection.send_command(command, channel, check_health=False)
         try:
             self.connection.read_response()
+        except redis.exceptions.NoPermissionError as exc:
+            if "channel" not in str(exc):  # the command itself, without which events would be lost
+                raise
         except redis.ResponseError as exc:
             if "unknown command" not in str(exc).lower():
                 raise
@@ -161,11 +164,16 @@ class Links:
 
     def __init__(self, connection: Any, server_of: Callable[[Any], str]) -> None:
         self._link = Link(connection)
-        self.servers = [server_of(connection)]
+        self.servers = self.masters = [server_of(connection)]
         """Which server of a group it is, as `url.server_of` has it."""
         poll = Poll()
         poll.add(self._link)
         self.wait = poll.wait
+
+    @property
+    def latency(self) -> float | None:
+        """See `Link`."""
+        return self._link.latency
 
     def send(self, commands: list[Command]) -> None:
         """Subscribe and unsubscribe."""

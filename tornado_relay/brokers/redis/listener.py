@@ -73,8 +73,11 @@ class RedisListener:
         self._on_up: Callable[[], None] | None = None
         self._early: list[tuple[list[Message], float]] = []
 
-        self.latency: float | None = None
-        """Seconds that the last PING took."""
+    @property
+    def latency(self) -> float | None:
+        """Seconds that the last PING took, with several servers that of the slowest; None before the first."""
+        links = self._links
+        return links.latency if links else None
 
     @staticmethod
     def check(url: str) -> None:
@@ -161,7 +164,7 @@ class RedisListener:
             elif kind == b"subscribe":
                 confirmed.append(name.decode())
             elif kind == cluster.GAP:
-                messages.append(Message(name.decode(errors="replace"), None, moved=True))
+                messages.append(Message(name.decode(errors="replace"), None, reason="broker-reconnect"))
             elif kind == REFUSED:
                 log.error("Redis refused SUBSCRIBE %s: %s", name, what)
                 self.subscriptions.refuse(name, BrokerUnavailable(what))
@@ -211,7 +214,6 @@ class RedisListener:
         while more:
             self._room.acquire()
             replies, more = link.batch()
-            self.latency = link.latency
             self._hand_over(links.checked(replies))
 
     def _hand_over(self, replies: list[Any]) -> None:
