@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 import redis
@@ -18,7 +19,7 @@ from test_metrics import counted, named
 
 from tornado_relay.brokers.redis import sentinel, url
 from tornado_relay.brokers.redis.watch import LEAVE_SECONDS
-from tornado_relay.errors import SettingsError
+from tornado_relay.errors import BrokerUnavailable, SettingsError
 from tornado_relay.publish import open_publisher
 
 
@@ -38,6 +39,14 @@ def steady(home):
 def moved(group, old):
     """Wait until the Sentinels name another master than ``old``."""
     until(lambda: group.master() not in (None, old), "another master", 30)
+
+
+def published(publisher, channel, payload):
+    """Whether there is a master that takes an event."""
+    with suppress(BrokerUnavailable):
+        publisher.publish(channel, payload)
+        return True
+    return False
 
 
 def listening(group, number):
@@ -168,7 +177,7 @@ def test_event_that_was_not_handed_on_is_told_to_who_comes_back(group, tmp_path,
     publisher.publish(channel, '{"data":"lost"}')
     old.stop("immediate")
     moved(group, old)
-    publisher.publish(channel, '{"data":"2"}')
+    until(lambda: published(publisher, channel, '{"data":"2"}'), "all Sentinels name it")
     publisher.publish(channel, '{"data":"3"}')
     with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
         back = come_back(pages, relay, channel, page.events[0].id)
