@@ -253,7 +253,7 @@ def test_javascript_of_the_page(redis_server, relay_on_redis, tmp_path):
     subprocess.run(
         [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180
     )
-    script = block("javascript", "new EventSource").replace("http://localhost:8001", relay_on_redis.url)
+    script = block("javascript", "new EventSource", README).replace("http://localhost:8001", relay_on_redis.url)
     (tmp_path / "page.mjs").write_text(f"import {{ EventSource }} from 'eventsource'\n{script}\n")
     page = subprocess.Popen([node, "page.mjs"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
