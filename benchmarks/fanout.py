@@ -263,6 +263,8 @@ def table(found, options):
     size, today = len(json.dumps(DATA)), datetime.datetime.now(tz=datetime.timezone.utc).date()
     work = f"{options.streams:,} streams on one channel, {RATE} events a second of {size} bytes for {options.seconds} s"
     lines = [
+        "# Speed",
+        "",
         f"One worker each, {work}, on {machine()}, {today}. CPU time of the server's processes, user and system.",
         "",
         "| server | version | CPU of a delivery | CPU of an opened stream | memory of an idle stream |",

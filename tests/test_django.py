@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 from relay import Relay, environment
+from test_readme import block
 
 
 @pytest.fixture
@@ -224,12 +225,9 @@ def test_payload_over_the_limit_leaves_djangos_transaction_usable(project, postg
     assert page.data == ["too large"]
 
 
-def test_safe_snippet_of_the_readme_works(project, postgres_server, tmp_path, pages, channel):
+def test_safe_snippet_works(project, postgres_server, tmp_path, pages, channel):
     """SELECT pg_notify(%s, %s) by hand, for those who do not install the package."""
-    from relay import ROOT
-
-    snippets = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    (snippet,) = [text.partition("```")[0] for text in snippets if "pg_notify(%s, %s)" in text]
+    snippet = block("python", "pg_notify(%s, %s)")
     payload = {"event": "NEW_NOTIFICATION", "id": 1, "data": json.dumps({"message": "it's new"})}
     with Relay(tmp_path, "--workers", "1", **postgres_server.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])

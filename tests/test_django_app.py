@@ -1,15 +1,15 @@
 """The Django app in a real project: migration, checks, commands, events of models."""
 
 import json
-import re
 import signal
 
 import pytest
 from pooler import PgBouncer
 from programs import program
-from relay import ROOT, Relay, run
+from relay import Relay, run
 from servers import execute, until
 from team import Project
+from test_readme import block
 
 SECRET = "s" * 32
 
@@ -296,16 +296,13 @@ def test_sse_check_fails_where_the_relay_reads_another_broker(project, redis_ser
     assert "warn  the database 'default' has no history" in answer
 
 
-def test_app_as_the_readme_has_it(project, tmp_path, pages):
+def test_app_as_the_pages_have_it(project, tmp_path, pages):
     """Its settings are in order, and its shop sends what it says."""
-    readme = (ROOT / "README.md").read_text()
-    (settings,) = re.findall(r"```python\n# settings.py\n(INSTALLED_APPS.*?)```", readme, re.DOTALL)
-    (apps,) = re.findall(r"```python\n# apps.py\n(.*?)```", readme, re.DOTALL)
     shown = {}
-    exec(settings, shown)
+    exec(block("python", "# settings.py\nINSTALLED_APPS"), shown)
     assert shown["INSTALLED_APPS"] == ["tornado_relay.django"]
     project.sse_relay = shown["SSE_RELAY"]
-    (tmp_path / "shop/apps.py").write_text(apps)
+    (tmp_path / "shop/apps.py").write_text(block("python", "# apps.py"))
     assert "no issues" in project.run("check")
     project.run("migrate")
     with Relay(tmp_path, "--workers", "1", DATABASE_URL=project.url) as relay:

@@ -1,4 +1,4 @@
-"""What the README shows is what there is."""
+"""What the README and the pages in docs/ show is what there is."""
 
 import os
 import re
@@ -20,17 +20,27 @@ from tornado_relay.settings import FIELDS
 from tornado_relay.visit import MAX_CHANNELS
 
 README = (ROOT / "README.md").read_text()
-EXTRAS = {"postgres", "redis", "jwt", "metrics", "django", "embedded", "test"}
+# All that a user reads: what moves from one page to another is tested as before.
+PAGES = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
+EXTRAS = {"postgres", "redis", "jwt", "metrics", "django", "embedded", "docs", "test"}
 
 
-def blocks(language, page=README):
-    """A page's code blocks in one language."""
+def blocks(language, page=PAGES):
+    """The code blocks in one language, of all pages or of one."""
     return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
-def block(language, holding, page=README):
+def block(language, holding, page=PAGES):
     (found,) = [text for text in blocks(language, page) if holding in text]
     return found
+
+
+def headings(page):
+    """A page's headings as its links name them."""
+    lines = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL).splitlines()
+    return {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines if line.startswith("#")
+    }
 
 
 def shown(default):
@@ -65,27 +75,18 @@ def test_table_of_event_keys():
     assert f"up to {MAX_CHANNELS} channels" in README
 
 
-def headings(page):
-    """The anchors of a page."""
-    return {
-        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in page.read_text().splitlines()
-        if line.startswith("#")
-    }
-
-
 def test_links_lead_to_files():
-    """Relative links exist, and those to a part of a page have a heading there."""
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/proxies.md"):
-        page = ROOT / name
+    """On the repository's web page: relative links exist, and what they name of a page is a heading of it."""
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text().replace("\n", " ")):
-            if target.startswith("http"):
-                continue
             file, _, anchor = target.replace(" ", "").partition("#")
+            if file.startswith("http"):
+                continue
             found = page.parent / file if file else page
-            assert found.exists(), target
+            assert found.resolve().is_relative_to(ROOT), (page, target)
+            assert found.exists(), (page, target)
             if anchor:
-                assert anchor in headings(found), target
+                assert anchor in headings(found), (page, target)
 
 
 def test_security_page_names_tests_and_settings_that_exist():
@@ -103,16 +104,16 @@ def test_security_page_names_tests_and_settings_that_exist():
 
 
 def test_installation_commands_name_extras_that_exist():
-    """Each pip install of the page."""
+    """Each pip install of the pages."""
     setup = (ROOT / "setup.py").read_text()
-    named = {extra for extras in re.findall(r"sse-relay-server\[([\w,]+)\]", README) for extra in extras.split(",")}
+    named = {extra for extras in re.findall(r"sse-relay-server\[([\w,]+)\]", PAGES) for extra in extras.split(",")}
     assert named <= EXTRAS
     assert all(f'"{extra}"' in setup for extra in EXTRAS)
 
 
 def test_serve_command_of_the_installation(postgres_server, tmp_path, pages):
     """With the URL and the port replaced by the test's."""
-    (line,) = [text for text in blocks("sh") if text.startswith("DATABASE_URL=")]
+    (line,) = [text for text in blocks("sh", README) if text.startswith("DATABASE_URL=")]
     flags = line.split("sse-relay-server ")[1].split()
     assert flags == ["--port", "8001", "--host", "0.0.0.0", "--workers", "4"]
     with Relay(tmp_path, *flags, "--port", "0", **postgres_server.environment) as relay:
@@ -162,7 +163,7 @@ def test_history_is_set_up_as_shown(postgres_server, tmp_path, pages):
     with Relay(
         tmp_path, "--workers", "1", command=(command,), PATH=env["PATH"], DATABASE_URL=url, **{name: value}
     ) as relay:
-        (call,) = re.findall(r"`(SELECT relay_notify.*?)`", README)
+        (call,) = re.findall(r"`(SELECT relay_notify.*?)`", PAGES)
         execute(url, call)
         (page,) = pages.open(relay.port, [path])
         pages.until(lambda: page.events, "what was published before the page connected")
@@ -204,7 +205,7 @@ def test_every_reason_of_a_stream_reset_is_explained():
     sources = "".join(path.read_text() for path in (ROOT / "tornado_relay").rglob("*.py"))
     sent = re.findall(r'(?:(?:stream_reset|reset|restart|tell)\((?:stream, )?|reason: str = )"([a-z-]+)"', sources)
     assert set(sent) == set(RESETS.at)
-    table = README[README.index("| reason |") :].partition("\n\n")[0]
+    table = PAGES[PAGES.index("| reason |") :].partition("\n\n")[0]
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.MULTILINE)) == set(sent)
     inspector = (ROOT / "tornado_relay/static/inspector.html").read_text()
     assert set(re.findall(r'^    "([a-z-]+)": "', inspector, re.MULTILINE)) == set(sent)
@@ -252,7 +253,7 @@ def test_javascript_of_the_page(redis_server, relay_on_redis, tmp_path):
     subprocess.run(
         [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180
     )
-    script = block("javascript", "new EventSource").replace("http://localhost:8001", relay_on_redis.url)
+    script = block("javascript", "new EventSource", README).replace("http://localhost:8001", relay_on_redis.url)
     (tmp_path / "page.mjs").write_text(f"import {{ EventSource }} from 'eventsource'\n{script}\n")
     page = subprocess.Popen([node, "page.mjs"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:

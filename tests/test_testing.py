@@ -1,13 +1,13 @@
 """A team's own tests with tornado_relay.testing: run by Django's runner and by pytest, in a project of theirs."""
 
-import re
 import subprocess
 import sys
 
 import pytest
-from relay import ROOT, environment
+from relay import environment
 from servers import PATIENCE
 from team import Project
+from test_readme import block
 
 from tornado_relay import RelayError, SettingsError
 from tornado_relay.testing import live_relay
@@ -153,10 +153,9 @@ def test_live_relay(project, redis_server, tmp_path, broker):
     assert "Ran 1 test" in project.run("test", "shop")
 
 
-def test_tests_as_the_readme_has_them(project, tmp_path):
+def test_tests_as_the_pages_have_them(project, tmp_path):
     """They pass."""
-    (code,) = re.findall(r"```python\n# tests.py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "shop/tests.py").write_text(code)
+    (tmp_path / "shop/tests.py").write_text(block("python", "# tests.py"))
     assert "Ran 2 tests" in project.run("test", "shop")
 
 
