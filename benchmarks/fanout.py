@@ -85,13 +85,12 @@ class Server(NamedTuple):
 class Load:
     """Streams that are read and counted, on one thread."""
 
-    def __init__(self, port, path, count):
+    def __init__(self, port, paths):
         self.selector = selectors.DefaultSelector()
         self.counts = {}
-        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n".encode()
-        for _ in range(count):
+        for path in paths:
             connection = socket.create_connection(("127.0.0.1", port), 20)
-            connection.sendall(request)
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n".encode())
             connection.setblocking(False)
             self.selector.register(connection, selectors.EVENT_READ)
             self.counts[connection] = 0
@@ -149,11 +148,11 @@ def measure(what, options):
     try:
         until(lambda: accepts(what.port), f"{what.name} listens")
         publish = what.publisher(server)
-        first = Load(what.port, what.path, 1)  # what a server does once only is not a stream's
+        first = Load(what.port, [what.path])  # what a server does once only is not a stream's
         first.wait(lambda: first.answered, f"{what.name} answers")
         time.sleep(1)
         before, idle = cpu(server.pid), memory(server.pid)
-        load = Load(what.port, what.path, options.streams)
+        load = Load(what.port, [what.path] * options.streams)
         load.wait(lambda: len(load.answered) == options.streams, f"all streams of {what.name} are open")
         time.sleep(1)
         opened, held = cpu(server.pid), memory(server.pid)

@@ -73,15 +73,30 @@ def parser() -> argparse.ArgumentParser:
     token.add_argument("channel", metavar="CHANNEL", nargs="+", help="a name, or the beginning of names and a *")
     token.add_argument("--ttl", metavar="SECONDS", type=_positive, default=3600.0, help="until it ends; default 3600")
     token.add_argument("--private-key", metavar="PATH", help="sign with the private key in this PEM file")
+    size = command("size", "say what so many streams and events take, by measured costs, and what is used up first")
+    size.add_argument("--streams", metavar="N", type=_count, required=True, help="open at the same time")
+    size.add_argument("--rate", metavar="N", type=_positive, required=True, help="events a second, on all channels")
+    size.add_argument("--reach", metavar="N", type=_count, help="streams that get an event, on average; default all")
+    size.add_argument("--event-bytes", metavar="N", type=_count, default=200, help="of one event; default 200")
+    size.add_argument("--cores", metavar="N", type=_count, default=8, help="of one host; default 8")
     init = command("init-db", "set up, or bring up to date, the history of events in PostgreSQL (RELAY_HISTORY)")
-    whole.command_flags = ("--print-sql", "--ttl", "--private-key", "--url", "--json")
+    whole.command_flags = (
+        *("--print-sql", "--ttl", "--private-key", "--url", "--json"),
+        *("--streams", "--rate", "--reach", "--event-bytes", "--cores"),
+    )
     init.add_argument("--print-sql", action="store_true", help="print the SQL for psql, and connect to nothing")
     return whole
 
 
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,12}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more, such as 10000")
+    return int(text)
+
+
 def _positive(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) or not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, more than 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, more than 0, such as 1.5")
     return float(text)
 
 

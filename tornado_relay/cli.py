@@ -28,6 +28,7 @@ from . import (
     logs,
     schema,
     settings,
+    sizing,
     sockets,
     systemd,
     tokens,
@@ -68,17 +69,16 @@ def main(given: list[str] | None = None) -> int:
 
 
 def _run(command: str | None, options: dict[str, Any], load: Callable[[], Settings], env_file: str | None) -> int:
-    if command == "notify":
-        return _notify(load(), options["channel"], options["event"])
-    if command == "listen":
-        return _listen(load(), options["target"])
-    if command == "check":
-        return _check(load, options["url"], as_json=bool(options["json"]))
-    if command == "token":
-        return _token(load(), **options)
-    if command == "init-db":
-        return _init_db(load, print_sql=bool(options["print_sql"]))
-    return _serve(load, env_file)
+    run: dict[str | None, Callable[[], int]] = {
+        None: lambda: _serve(load, env_file),
+        "notify": lambda: _notify(load(), **options),
+        "listen": lambda: _listen(load(), **options),
+        "check": lambda: _check(load, options["url"], as_json=options["json"]),
+        "token": lambda: _token(load(), **options),
+        "size": lambda: _size(**options),
+        "init-db": lambda: _init_db(load, **options),
+    }
+    return run[command]()
 
 
 def _hide_secrets() -> None:
@@ -198,6 +198,14 @@ def _init_db(load: Callable[[], Settings], *, print_sql: bool) -> int:
     for line in schema.install(load().history_url):
         print(line, flush=True)
     print(f"\nTo use it, start the relay with RELAY_HISTORY, such as RELAY_HISTORY=1000.\n\n{schema.grants()}", end="")
+    return 0
+
+
+def _size(streams: int, rate: float, reach: int | None, event_bytes: int, cores: int) -> int:
+    if reach and reach > streams:
+        raise SettingsError(f"--reach {reach} is more than --streams {streams}: an event reaches as many at most")
+    for line in sizing.report(sizing.Load(streams, rate, reach or streams, event_bytes, cores)):
+        print(line)
     return 0
 
 
