@@ -68,7 +68,7 @@ class Front:
             "user haproxy": "user haproxy" if root else "",
             "group haproxy": "group haproxy" if root else "",
             # It does not start without descriptors for as many.
-            "maxconn 50000": "maxconn 1000",
+            "maxconn 50000": "maxconn 4000",
             "bind :::443 v4v6": f"bind 127.0.0.1:{self.port}",
             f"/etc/ssl/{NAME}.pem": f"{self.folder}/pem",
             "/dev/log": "stdout format raw",

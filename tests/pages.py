@@ -65,6 +65,8 @@ class Page:
             data = self.inflate(data)
         self.body += data
         self.events += self.parser.feed(self._decode(data))
+        if len(self.body) >= int(self.headers.get("content-length", 1 << 40)):
+            self.close()
 
     def _whole_chunks(self, data):
         """RFC 9112, section 7.1."""

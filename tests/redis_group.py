@@ -14,6 +14,8 @@ from redis.retry import Retry
 from relay import environment
 from servers import PATIENCE, RedisServer, free_port, redis_binary, until
 
+from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, TAG
+
 # A program of a Django project, for a channel: as a server of applications does, it forks once it has sent something.
 NOTIFY = """
 import os
@@ -56,7 +58,7 @@ class Member(RedisServer):
 
     def connect(self):
         at_once = Retry(NoBackoff(), 0)  # a server that is away is to be noticed as such
-        return redis.Redis(port=self.port, password=self.password, socket_timeout=PATIENCE, retry=at_once)
+        return redis.Redis(self.address, self.port, password=self.password, socket_timeout=PATIENCE, retry=at_once)
 
     def freeze(self):
         self.process.send_signal(signal.SIGSTOP)
@@ -179,25 +181,39 @@ class Cluster:
     """Three masters, each with a replica."""
 
     kind = "redis"
+    tag = TAG
 
-    def __init__(self, home, binary=None):
+    def __init__(self, home, binary=None, address="127.0.0.1"):
+        self.address = address
         self.servers = []
-        options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"]
+        # Redis refuses what is not from this machine, unless there is a password.
+        options = [
+            "--protected-mode",
+            "no",
+            "--cluster-enabled",
+            "yes",
+            "--cluster-node-timeout",
+            "1000",
+            "--repl-diskless-sync-delay",
+            "0",
+        ]
         try:
             for number in range(6):
-                self.servers.append(Member(home / str(number), *options, port=port_with_bus(), binary=binary))
+                self.servers.append(
+                    Member(home / str(number), *options, port=port_with_bus(), binary=binary, address=address)
+                )
             self.put_together()
         except BaseException:
             self.end()
             raise
-        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{each.port}" for each in self.servers[:2])
+        self.url = "redis+cluster://" + ",".join(f"{address}:{each.port}" for each in self.servers[:2])
 
     def put_together(self):
         masters, replicas = self.servers[:3], self.servers[3:]
         for number, each in enumerate(self.servers):
             each.id = cluster(each, "MYID").decode()
             cluster(each, "SET-CONFIG-EPOCH", number + 1)
-            cluster(self.servers[0], "MEET", "127.0.0.1", each.port)
+            cluster(self.servers[0], "MEET", self.address, each.port)
         for number, each in enumerate(masters):
             cluster(each, "ADDSLOTS", *range(number * 16384 // 3, (number + 1) * 16384 // 3))
         known = all_say(self.servers, "cluster_known_nodes:6")
@@ -207,6 +223,11 @@ class Cluster:
         until(all_say(self.servers, "cluster_state:ok"), "the Cluster is up")
         up = [lambda each=each: each.client.info("replication")["master_link_status"] == "up" for each in replicas]
         until(lambda: all(each() for each in up), "the replicas are there")
+
+    @property
+    def client(self):
+        """Of the server that has the history."""
+        return self.owner(HISTORY_SLOT).client
 
     def owner(self, slot):
         """The server that has a slot, as those that are up see it."""
@@ -232,7 +253,7 @@ class Cluster:
         cluster(target, "SETSLOT", slot, "IMPORTING", source.id)
         cluster(source, "SETSLOT", slot, "MIGRATING", target.id)
         while keys := cluster(source, "GETKEYSINSLOT", slot, 100):
-            source.client.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+            source.client.execute_command("MIGRATE", self.address, target.port, "", 0, 5000, "KEYS", *keys)
         for each in (target, source):
             cluster(each, "SETSLOT", slot, "NODE", target.id)
 

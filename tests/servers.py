@@ -111,16 +111,20 @@ class PostgresServer:
 class RedisServer:
     """One server; ``stop`` and ``start`` keep its port."""
 
-    def __init__(self, home, *, persistent=False, port=None, binary=None):
+    tag = "sse-relay"
+    """How the keys of a history begin."""
+
+    def __init__(self, home, *, persistent=False, port=None, binary=None, address="127.0.0.1"):
         self.home = home
+        self.address = address
         self.options = ["--appendonly", "yes", "--appendfsync", "always"] if persistent else ["--save", ""]
         self.binary = binary or redis_binary()
         self.port = port or free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.url = f"redis://{address}:{self.port}/0"
         self.start()
 
     def command(self):
-        return [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.home), *self.options]
+        return [self.binary, "--port", str(self.port), "--bind", self.address, "--dir", str(self.home), *self.options]
 
     def start(self):
         self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL)
@@ -128,7 +132,7 @@ class RedisServer:
         until(self._answers, "redis-server answers")
 
     def connect(self):
-        return redis.Redis(port=self.port)
+        return redis.Redis(self.address, self.port)
 
     def stop(self, mode="fast"):
         self.client.close()

@@ -10,27 +10,33 @@ from relay import Relay
 
 EVENTS = 5000
 CHANNELS = [f"channel-{number}" for number in range(20)]
+END = "end"
 
 
 @contextmanager
-def storming(broker, tmp_path, disturb, each, environment=None):
-    """
-    Publish at least 5,000 events while ``disturb(relays, fleets)`` does its worst.
-
-    There are two relays, one with a history and one without, and ``each`` streams on every channel of both. Yields
-    the two fleets, the publisher, and what reads on until a condition holds.
-    """
+def two_relays(tmp_path, environment):
+    """One with a history, and one without."""
     with ExitStack() as stack:
-        relays = [
-            stack.enter_context(
-                Relay(tmp_path, "--workers", "2", "--history", history, **(environment or broker.environment))
-            )
+        yield [
+            stack.enter_context(Relay(tmp_path, "--workers", "2", "--history", history, **environment))
             for history in ("100000", "0")
         ]
-        ports = [relay.port for relay in relays]
-        paths = [f"/channel={channel}" for channel in CHANNELS for _ in range(each)]
-        fleets = [stack.enter_context(Fleet(paths, port)) for port in ports]
-        numbers = Numbers(broker, CHANNELS, EVENTS)
+
+
+@contextmanager
+def storming(broker, relays, disturb, each, ports=None, rate=1500.0):
+    """
+    Publish at least 5,000 events, so many a second, while ``disturb(relays, fleets)`` does its worst.
+
+    ``each`` is how many streams there are on every channel with a history, and how many without; ``ports`` where they
+    connect, if not to two relays. Yields the two fleets, the publisher, and what reads on until a condition holds.
+    """
+    with ExitStack() as stack:
+        fleets = [
+            stack.enter_context(Fleet([f"/channel={channel}" for channel in CHANNELS for _ in range(number)], port))
+            for number, port in zip(each, ports or [relay.port for relay in relays], strict=True)
+        ]
+        numbers = Numbers(broker, CHANNELS, EVENTS, rate)
         done = threading.Event()
         errors = []
 
@@ -61,31 +67,37 @@ def storming(broker, tmp_path, disturb, each, environment=None):
 
 def storm(broker, tmp_path, disturb, *, untouched=None, environment=None):
     """
-    Compare what 200 streams with history and 200 without got with what the broker keeps.
+    Let `compare` look at 200 streams with a history and 200 without.
 
     ``untouched`` says of a stream without history whether it could miss anything at all.
     """
-    with storming(broker, tmp_path, disturb, 10, environment) as (fleets, numbers, step):
-        truth = {channel: kept_events(broker, channel) for channel in CHANNELS}
-        for channel in CHANNELS:
-            assert is_part(numbers.taken[channel], truth[channel]), "an event that the broker took is not kept"
-        with_history, without = (
-            [(stream, truth[stream.path.removeprefix("/channel=")]) for stream in fleet.streams] for fleet in fleets
-        )
-        step(lambda: all(stream.got[-1:] == kept[-1:] for stream, kept in with_history), "the last event", 60)
-        for stream, kept in with_history:
-            assert stream.got == kept, difference(stream, kept)
-            assert not stream.resets
-        for channel in CHANNELS:
-            broker.publish(channel, "end")
-        step(lambda: all(stream.got[-1:] == ["end"] for stream, _ in without), "the end", 60)
-        for stream, kept in without:
-            got = stream.got[:-1]
-            assert is_part(got, kept), f"out of order or doubled: {difference(stream, kept)}"
-            assert stream.resets or got == kept, f"missed without a word: {difference(stream, kept)}"
-            if untouched and untouched(stream):
-                assert (stream.resets, got) == ([], kept)
+    with (
+        two_relays(tmp_path, environment or broker.environment) as relays,
+        storming(broker, relays, disturb, (10, 10)) as (fleets, numbers, step),
+    ):
+        compare(broker, fleets, numbers, step, untouched)
         return fleets
+
+
+def compare(broker, fleets, numbers, step, untouched=None):
+    """Hold what streams got against what the broker keeps."""
+    truth = {channel: kept_events(broker, channel) for channel in CHANNELS}
+    for channel in CHANNELS:
+        assert is_part(numbers.taken[channel], truth[channel]), "an event that the broker took is not kept"
+    with_history, without = (
+        [(stream, truth[stream.path.removeprefix("/channel=")]) for stream in fleet.streams] for fleet in fleets
+    )
+    step(lambda: all(stream.got[-1:] == kept[-1:] for stream, kept in with_history), "the last event", 60)
+    for stream, kept in with_history:
+        assert stream.got == kept, difference(stream, kept)
+        assert not stream.resets
+    publish_the_end(numbers, fleets, step)
+    for stream, kept in without:
+        got = stream.got
+        assert is_part(got, kept), f"out of order or doubled: {difference(stream, kept)}"
+        assert stream.resets or got == kept, f"missed without a word: {difference(stream, kept)}"
+        if untouched and untouched(stream):
+            assert (stream.resets, got) == ([], kept)
 
 
 def drill(broker, tmp_path, disturb):
@@ -94,18 +106,37 @@ def drill(broker, tmp_path, disturb):
 
     Returns how many those with a history lack of what the broker has taken, and both fleets' streams.
     """
-    with storming(broker, tmp_path, lambda *_: disturb(), 3) as (fleets, numbers, step):
+    with (
+        two_relays(tmp_path, broker.environment) as relays,
+        storming(broker, relays, lambda *_: disturb(), (3, 3)) as (fleets, numbers, step),
+    ):
+        publish_the_end(numbers, fleets, step)
         kept, live = (fleet.streams for fleet in fleets)
-        for channel in CHANNELS:
-            numbers.publish(channel, "end")
-        step(lambda: all(stream.got[-1:] == ["end"] for stream in [*kept, *live]), "the end", 60)
         taken = {stream: numbers.taken[stream.path.removeprefix("/channel=")] for stream in [*kept, *live]}
         for stream, sent in taken.items():
-            got = list(map(int, stream.got[:-1]))
+            got = list(map(int, stream.got))
             assert got == sorted(set(got)), f"out of order or doubled: {stream.path}"
             assert not stream.untold(sent), f"{stream.path}: missed without a word: {stream.untold(sent)[:20]}"
         print(f"{sum(map(len, numbers.taken.values()))} taken, {numbers.unsure} unsure")
         return sum(len({*taken[stream]} - {*stream.got}) for stream in kept), kept, live
+
+
+def publish_the_end(numbers, fleets, step):
+    """Publish an event until all have had it: without a history one that is just coming back has not."""
+    streams = [stream for fleet in fleets for stream in fleet.streams]
+    due = 0.0
+
+    def ended():
+        nonlocal due
+        late = {stream.path.removeprefix("/channel=") for stream in streams if stream.got[-1:] != [END]}
+        if late and time.monotonic() > due:
+            assert all(numbers.publish(channel, END) for channel in late)
+            due = time.monotonic() + 2
+        return not late
+
+    step(ended, "the end", 60)
+    for stream in streams:
+        stream.got = stream.got[: stream.got.index(END)]
 
 
 def kept_events(broker, channel):
@@ -114,7 +145,7 @@ def kept_events(broker, channel):
             "SELECT payload::jsonb ->> 'data' FROM sse_relay.event WHERE channel = %s ORDER BY id", channel
         )
         return [data for (data,) in rows]
-    found = broker.client.xrange(f"sse-relay:events:{channel}")
+    found = broker.client.xrange(f"{broker.tag}:events:{channel}")
     return [json.loads(fields[b"payload"])["data"] for _, fields in found]
 
 

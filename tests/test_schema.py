@@ -16,7 +16,7 @@ from relay import Relay, run
 from servers import PostgresServer, free_port, until
 
 from tornado_relay import BrokerRefused, schema
-from tornado_relay.brokers.message import read
+from tornado_relay.brokers.message import Message, read
 from tornado_relay.history.spans import Cursor, Spans
 from tornado_relay.publish import open_publisher
 
@@ -242,7 +242,7 @@ def test_notification_holds_what_fits_and_else_refers_to_the_row(history, name):
         assert [row[2:] for row in rows] == [(name, payload) for payload in payloads]
         for (message, channel), (token, seq, _, payload) in zip(received(6), rows, strict=True):
             kept = payload if len(payload.encode()) <= room else None
-            assert (channel, message) == (target, (name, kept, f"{token}-{seq}", seq))
+            assert (channel, message) == (target, Message(name, kept, f"{token}-{seq}", seq))
 
 
 def write(url, number, isolation, immediate):

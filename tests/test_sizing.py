@@ -85,7 +85,7 @@ def test_command(tmp_path):
     ("flags", "said"),
     [
         (["--streams", "0", "--rate", "1"], "--streams: '0' is not a whole number, 1 or more"),
-        (["--streams", "5", "--rate", "-1"], "--rate: '-1' is not a number, more than 0"),
+        (["--streams", "5", "--rate", "-1"], "--rate: '-1' is not a number of events a second, more than 0"),
         (["--streams", "5"], "required: --rate"),
         (["--streams", "5", "--rate", "1", "--reach", "9"], "--reach 9 is more than --streams 5"),
         (["--streams", "5", "--rate", "1", "--core", "9"], "there is no flag --core"),

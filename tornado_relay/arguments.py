@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     token.add_argument("--private-key", metavar="PATH", help="sign with the private key in this PEM file")
     size = command("size", "say what so many streams and events take, by measured costs, and what is used up first")
     size.add_argument("--streams", metavar="N", type=_count, required=True, help="open at the same time")
-    size.add_argument("--rate", metavar="N", type=_positive, required=True, help="events a second, on all channels")
+    size.add_argument("--rate", metavar="N", type=_rate, required=True, help="events a second, on all channels")
     size.add_argument("--reach", metavar="N", type=_count, help="streams that get an event, on average; default all")
     size.add_argument("--event-bytes", metavar="N", type=_count, default=200, help="of one event; default 200")
     size.add_argument("--cores", metavar="N", type=_count, default=8, help="of one host; default 8")
@@ -94,9 +94,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> float:
+def _rate(text: str) -> float:
+    return _positive(text, "number of events a second")
+
+
+def _positive(text: str, what: str = "number of seconds") -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) or not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, more than 0, such as 1.5")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}, more than 0")
     return float(text)
 
 
