@@ -1,11 +1,11 @@
-# make demo | example | test | fuzz | soak | bench | docs | lint | format
+# make demo | example | test | test-all | fuzz | soak | bench | docs | lint | format
 
 PYTHON ?= python3
 PORT ?= 8001
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo example test fuzz soak bench docs lint format
+.PHONY: demo example test test-all fuzz soak bench docs lint format
 
 demo: $(VENV)/demo
 	@$(BIN)/sse-relay-server --embedded --debug --host 127.0.0.1 --port $(PORT)
@@ -14,7 +14,11 @@ example: $(VENV)/example
 	@EVENTS_PORT=$(PORT) $(BIN)/python examples/board/run.py
 
 test: $(VENV)/test
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not heavy" $(ARGS)
+
+# With those that take long, some four minutes more, and without leaving out one whose program is not installed.
+test-all: $(VENV)/test
+	SSE_RELAY_TEST_ALL=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Writes the README's table and chart into docs; make bench ARGS="--streams 5000".
 bench: $(VENV)/test

@@ -159,7 +159,6 @@ def test_descriptors(tmp_path):
     assert (asked["level"], "fewer than RELAY_MAX_CONNECTIONS=1000000" in asked["text"]) == ("warning", True)
 
 
-@pytest.mark.heavy
 def test_backlog_of_the_kernel(tmp_path):
     """Shorter than what the relay asks for, or as long; in a network of its own, where it can be set."""
     for limit, level in ((128, "warning"), (BACKLOG, "ok")):

@@ -118,7 +118,6 @@ def full_disk(tmp_path, home, channel):
         subprocess.run([program("umount"), "--lazy", folder], check=True)
 
 
-@pytest.mark.heavy
 def test_disk_is_full_for_the_history(full_disk, tmp_path, pages):
     """Whoever publishes gets the reason, streams stay, and when there is room it goes on: nothing that was accepted is lost."""
     server, filler = full_disk
@@ -232,7 +231,6 @@ def test_clock_has_jumped(redis_server, tmp_path, pages):
     documented("The clock has jumped", 'reason="token"', "its clock is 3600 s behind")
 
 
-@pytest.mark.heavy
 def test_pooler_comes_in_between(postgres_server, home, tmp_path):
     """As by a change of DNS: it is named, at the start and later, with the setting that leads around it."""
     with PgBouncer(program("pgbouncer"), home, postgres_server, "transaction") as pooler:

@@ -87,7 +87,7 @@ def test_relay_stops_and_starts(server, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("how", ["cut off", "fast", "immediate", "stopped"])
+@pytest.mark.parametrize("how", ["cut off", "fast", "immediate", pytest.param("stopped", marks=pytest.mark.heavy)])
 def test_broker_goes_away(server, tmp_path, how):
     """Sessions ended by pg_terminate_backend or CLIENT KILL, restarts with the data, and a server that stands still for 20 s."""
 
@@ -118,6 +118,7 @@ def test_redis_throws_its_readers_out(server, tmp_path):
     storm(server, tmp_path, disturb)
 
 
+@pytest.mark.heavy
 @both
 def test_network_is_cut(server, tmp_path):
     """Not a packet for 30 s, in either direction: noticed by a probe, not after the kernel's two hours."""

@@ -17,8 +17,6 @@ from servers import free_port, until
 
 from tornado_relay import __version__
 
-pytestmark = pytest.mark.heavy
-
 
 @pytest.fixture(scope="module")
 def buildah():

@@ -12,8 +12,6 @@ from relay import Relay
 
 from tornado_relay.publish import open_publisher
 
-pytestmark = pytest.mark.heavy
-
 
 def test_1000_streams_on_50_channels_over_4_workers(broker, tmp_path, pages):
     """Every stream gets each event of its channel once and in order; the broker sees one connection a worker."""
@@ -50,6 +48,7 @@ def test_event_published_as_the_headers_arrive_is_delivered(broker, tmp_path, pa
             pages.close(page)
 
 
+@pytest.mark.heavy
 def test_idle_streams_cost_next_to_nothing(broker, tmp_path, pages):
     """500 idle streams, heartbeats included, take under 2 percent of a core."""
     with Relay(tmp_path, "--workers", "2", **broker.environment) as relay:

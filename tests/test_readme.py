@@ -294,6 +294,7 @@ def test_sql_snippet(postgres_server, tmp_path, pages):
     assert [(event.event, event.data) for event in page.events] == [("message", "hello"), ("NEW_ORDER", "hello")]
 
 
+@pytest.mark.heavy
 def test_benchmark_runs(tmp_path):
     """With few streams; it writes the table and the chart that the page shows, the relay first."""
     command = [sys.executable, ROOT / "benchmarks/fanout.py", "--streams", "20", "--seconds", "1", "--out", tmp_path]

@@ -375,6 +375,7 @@ def test_browser_that_lacks_something(kept_redis, running, tab, channel, before,
     assert [each.evaluate("source.constructor.name") for each in tabs] == [kind] * 2
 
 
+@pytest.mark.heavy
 def test_leader_that_hangs_is_replaced(kept_redis, running, tab, channel):
     """A tab that is stuck leads no longer after half a minute, and nothing is lost; nor doubled when it is back."""
     relay = running(kept_redis.environment)

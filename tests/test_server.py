@@ -97,6 +97,7 @@ def ended(connection):
         return True
 
 
+@pytest.mark.heavy
 def test_thousands_of_half_requests_are_in_nobodys_way(redis_server, tmp_path, pages, descriptors, connect):
     """5,000 wait with half a request; real streams open meanwhile, long before the half ones are given up."""
     assert descriptors > 6000, "the tests need 6,000 descriptors: ulimit -n"
@@ -163,6 +164,7 @@ def test_no_descriptor_left(redis_server, tmp_path, pages, connect):
         assert "Traceback" not in relay.log
 
 
+@pytest.mark.heavy
 def test_answers_that_nobody_reads_hold_no_connection(redis_server, tmp_path, narrow):
     """Whoever sends requests and reads nothing makes room for others like all who wait, and is given up in the end."""
     request = b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n" * 2000

@@ -14,8 +14,6 @@ from pages import Page, Pages
 from relay import run, watched
 from servers import PATIENCE, PostgresServer, RedisServer, until
 
-pytestmark = pytest.mark.heavy
-
 # `make soak` takes more.
 SECONDS = float(os.environ.get("SSE_RELAY_SOAK_SECONDS", "60"))
 CHANNELS = [f"soak-{number}" for number in range(20)]

@@ -20,8 +20,6 @@ from test_readme import block
 from tornado_relay import __version__
 from tornado_relay.tokens import subscribe_token
 
-pytestmark = pytest.mark.heavy
-
 SECRET, TOKEN = "s" * 40, "p" * 40
 SYSTEMD = "/lib/systemd/systemd"
 NAMESPACES = ["--fork", "--kill-child", "--pid", "--mount-proc", "--mount", "--uts", "--ipc", "--cgroup"]
@@ -211,7 +209,7 @@ def test_unit_as_it_stands(machine, kept, pages, channel):
         assert trouble not in machine.log
 
 
-@pytest.mark.skipif(not os.environ.get("SSE_RELAY_TEST_ALL"), reason="takes long; SSE_RELAY_TEST_ALL=1 runs it")
+@pytest.mark.heavy
 def test_socket_unit_over_restart_and_upgrade(bootable, kept, tmp_path):
     """systemd holds the sockets: who connects meanwhile is answered, and streams that come back have missed nothing."""
     port, path, admin = free_port(), "/run/relay.sock", free_port()
