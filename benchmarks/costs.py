@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import secrets
 import select
 import signal
 import socket
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from servers import PostgresServer, RedisServer, accepts, free_port, until
 
 from tornado_relay import schema
+from tornado_relay.packing import deflate
 from tornado_relay.publish import open_publisher
 
 STREAMS = 5000
@@ -199,6 +201,29 @@ def of_subscribers(server):
             each.close()
 
 
+def of_kept_events(server):
+    """Print what notify() takes of PostgreSQL with a history, which nobody hears."""
+    publisher = open_publisher("postgres", server.url)
+    with spending("notify() with a history", 2000, server.processes()[0]):
+        for _ in range(2000):
+            publisher.publish("kept", event(100))
+            time.sleep(0.0005)
+    publisher.close()
+
+
+def of_compression():
+    """Print what it takes a worker to compress an event."""
+    for rows in (2, 20, 80):
+        data = json.dumps(
+            [{"id": n, "name": secrets.token_hex(5), "total": n * 12.5, "open": True} for n in range(rows)]
+        )
+        frame = f"event: tick\ndata: {data}\n\n".encode()
+        before = time.process_time()
+        for _ in range(2000):
+            deflate(frame)
+        print(f"to compress {len(frame)} bytes: {(time.process_time() - before) / 2000 * 1e6:.1f} µs")
+
+
 def slab():
     """KiB of the kernel's own objects, such as sockets."""
     return int(re.search(r"^Slab: +(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)[1])
@@ -220,7 +245,9 @@ def main():
                 of_streams(home, broker)
                 of_events(home, broker)
             of_heartbeats(home, store)
+            of_compression()
             list(schema.install(postgres.url))
+            of_kept_events(postgres)
             for broker in (store, postgres):
                 of_returns(home, broker)
         finally:

@@ -34,6 +34,7 @@ LOADS = {
     "all the same, an event a second": lambda streams: Load(streams, 1, streams),
 }
 SECONDS = 20
+EVENT = COSTS.event + Load.size * COSTS.gzip
 
 
 class Clock:
@@ -84,7 +85,7 @@ def simulate(number, channels, rate, seconds=SECONDS):
             batch.append(Message(f"c{dice.randrange(channels)}", f"{due!r}"))
             due += dice.expovariate(rate)
         if batch:
-            clock.now += COSTS.event * len(batch)
+            clock.now += EVENT * len(batch)
             hub.deliver(batch)
         turn, ready[:] = list(ready), []
         for go_on in turn:
@@ -148,12 +149,12 @@ def table():
 
 
 def milliseconds(seconds):
-    return f"{seconds * 1000:.0f} ms" if seconds > 0.01 else f"{seconds * 1000:.2g} ms"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"
 
 
 def show(what, found):
     busy, mean, most = found
-    print(f"{what}: busy {busy:.0%}, an event takes {milliseconds(mean)}, 99 % within {milliseconds(most)}", flush=True)
+    print(f"{what}: busy {busy:.0%}, an event takes {mean * 1000:.2g} ms, 99 % within {most * 1000:.2g} ms", flush=True)
 
 
 def main():

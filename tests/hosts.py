@@ -70,10 +70,13 @@ class Host:
         return self
 
     def __exit__(self, *_):
-        for relay in self.relays:
-            relay.stop()
-        self._holder.kill()
-        self._holder.wait(PATIENCE)
+        try:
+            self.signal(signal.SIGCONT)
+            for relay in self.relays:
+                relay.stop()
+        finally:
+            self._holder.kill()
+            self._holder.wait(PATIENCE)
 
     def start(self, *flags, port, **env):
         """Start a relay with two workers, which listens on the host's address."""

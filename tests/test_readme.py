@@ -127,7 +127,8 @@ def test_commands(redis_server, kept_postgres, relay_on_redis, tmp_path, pages):
     relay = relay_on_redis
     lines = [line.partition(" #")[0].strip() for line in block("sh", "sse-relay-server listen").splitlines()]
     assert lines[0] == "sse-relay-server"
-    told = ("listen orders", "check", "token orders 'user-7-*' --ttl 600", "init-db", "--help")
+    size = "size --streams 100000 --rate 50"
+    told = ("listen orders", "check", "token orders 'user-7-*' --ttl 600", size, "init-db", "--help")
     assert lines[2:] == [f"sse-relay-server {what}" for what in told]
     (page,) = pages.open(relay.port, ["/channel=orders"])
     folder = str(Path(COMMAND).parent)

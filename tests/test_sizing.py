@@ -6,6 +6,7 @@ import sys
 import pytest
 from relay import ROOT, run
 
+from tornado_relay.errors import SettingsError
 from tornado_relay.sizing import BUSY, STREAMS, Load, plan
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -40,6 +41,13 @@ def test_what_all_hear_all_workers_take_in():
     for_all, for_one = Load(10_000, 100, 10_000), Load(10_000, 100, 1)
     assert for_all.heard(10) == pytest.approx(100)
     assert for_one.heard(10) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("load", [Load(10, 10**6, 10), Load(1, 10**5, 1), Load(10**6, 2 * 10**4, 10**6)])
+def test_what_no_number_of_workers_carries_is_said(load):
+    """An event for all costs each worker the same, however many they are: no plan has more of them than streams."""
+    with pytest.raises(SettingsError, match=rf"no number of workers carries --rate {load.rate}:"):
+        plan(load)
 
 
 def test_used_up_first_comes_first():
@@ -88,6 +96,7 @@ def test_command(tmp_path):
         (["--streams", "5", "--rate", "-1"], "--rate: '-1' is not a number of events a second, more than 0"),
         (["--streams", "5"], "required: --rate"),
         (["--streams", "5", "--rate", "1", "--reach", "9"], "--reach 9 is more than --streams 5"),
+        (["--streams", "5", "--rate", "1", "--event-bytes", "2000000"], "more than an event may have: 1048576"),
         (["--streams", "5", "--rate", "1", "--core", "9"], "there is no flag --core"),
     ],
 )

@@ -67,7 +67,11 @@ class Machine:
     def __init__(self, home, variables, socket="", units="sse-relay-server.service"):
         self.log_path = home / "boot.log"
         commands = block("sh", "venv /opt").replace("sudo ", "").replace("python3 -m venv", "/usr/bin/python3 -m venv")
-        commands = commands.replace('"sse-relay-server[', '"/run/source[').replace("pip install", "pip install --quiet")
+        commands = (
+            commands.replace('"sse-relay-server[', '"/run/source[')
+            .replace(']>=2"', ']"')
+            .replace("pip install", "pip install --quiet")
+        )
         assert "systemctl enable --now sse-relay-server" in commands
         script = BOOT.format(
             root=shlex.quote(str(ROOT)),

@@ -204,6 +204,8 @@ def _init_db(load: Callable[[], Settings], *, print_sql: bool) -> int:
 def _size(streams: int, rate: float, reach: int | None, event_bytes: int, cores: int) -> int:
     if reach and reach > streams:
         raise SettingsError(f"--reach {reach} is more than --streams {streams}: an event reaches as many at most")
+    if event_bytes > events.MAX_KEPT_BYTES:
+        raise SettingsError(f"--event-bytes {event_bytes} is more than an event may have: {events.MAX_KEPT_BYTES}")
     for line in sizing.report(sizing.Load(streams, rate, reach or streams, event_bytes, cores)):
         print(line)
     return 0

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .errors import SettingsError
+
 MEASURED_ON = "2 x AMD EPYC, Linux 6.18, Python 3.11, PostgreSQL 15, Redis 7"
 
 KIB, GIB, MBIT = 1024, 1024**3, 1_000_000
@@ -18,8 +20,10 @@ class Costs(NamedTuple):
 
     delivery: float = 6e-6
     """A worker's, for one event to one stream: nearly all of it is the kernel's write(2)."""
-    event: float = 38e-6
+    event: float = 42e-6
     """A worker's, for an event that any of its streams hears, beside the deliveries."""
+    gzip: float = 5e-9
+    """A worker's, for each byte of such an event: it is compressed, once for all streams."""
     heartbeat: float = 10e-6
     """A worker's, to one stream."""
     resume: float = 160e-6
@@ -28,8 +32,10 @@ class Costs(NamedTuple):
     """Memory of an idle stream, half of it the kernel's."""
     worker: int = 40 << 20
     """Memory of a worker without streams."""
-    notify: float = 30e-6
-    """PostgreSQL's, for a commit with a NOTIFY."""
+    notify: float = 150e-6
+    """PostgreSQL's, for a commit with a NOTIFY and a history; 30e-6 without."""
+    commit: float = 1e-3
+    """Seconds until a commit is on disk; not measured, since it is your disk's: 0.2e-3 on a fast one."""
     wake: float = 15e-6
     """PostgreSQL's, for each session that listens; before PostgreSQL 19 all are woken, also those on other channels."""
     publish: float = 21e-6
@@ -49,20 +55,14 @@ PACKET = 66
 """Bytes that Ethernet, IP and TCP add to what is written at once."""
 
 # What there is of each, unless somebody does something about it.
-DESCRIPTORS = 100_000
-"""Of one worker: ``LimitNOFILE`` in our unit."""
 PORTS = 28_232
 """Connections from one address of a proxy to one of a host: net.ipv4.ip_local_port_range of Linux."""
 POSTGRES_CONNECTIONS = 100
 """``max_connections``."""
 CARD = 10_000 * MBIT
 """Bits a second of a network card."""
-PASS_SECONDS = 1.0
-"""What an event may take from the first of a worker's streams to the last."""
 STREAMS = 50_000
 """Of one worker at most: heartbeats, and the return of others' streams, have to fit in between its events."""
-RETURN_SECONDS = 10.0
-"""What the streams of a host that is lost may take to be open again, all at once, elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,22 @@ class Load:
 
     def heard(self, workers: int) -> float:
         """Return how many events a second each worker has streams for, if streams are spread evenly."""
-        return self.rate * (1 - (1 - 1 / workers) ** self.reach)
+        others = self.streams - self.streams / workers
+        if self.reach > others:
+            return self.rate
+        # That all whom an event reaches are among the others': a draw without putting back.
+        missed = math.lgamma(others + 1) - math.lgamma(others - self.reach + 1)
+        missed -= math.lgamma(self.streams + 1) - math.lgamma(self.streams - self.reach + 1)
+        return self.rate * (1 - math.exp(missed))
+
+    @property
+    def event(self) -> float:
+        """CPU seconds that a worker takes for an event before it goes to any stream."""
+        return COSTS.event + self.size * COSTS.gzip
 
     def busy(self, workers: int) -> float:
         """Return the share of a core that each worker is busy."""
-        return self.heard(workers) * COSTS.event + (self.deliveries * COSTS.delivery + self.upkeep) / workers
+        return self.heard(workers) * self.event + (self.deliveries * COSTS.delivery + self.upkeep) / workers
 
     @property
     def upkeep(self) -> float:
@@ -152,7 +163,7 @@ class Plan:
     @property
     def pass_seconds(self) -> float:
         """How long an event is under way to the last of the streams that get it."""
-        return COSTS.event + math.ceil(self.load.reach / self.left) * COSTS.delivery
+        return self.load.event + math.ceil(self.load.reach / self.left) * COSTS.delivery
 
     @property
     def return_seconds(self) -> float:
@@ -167,29 +178,18 @@ class Plan:
         heard = self.load.heard(self.left)
         yield Limit(
             "a worker's CPU, for taking events in",
-            heard * COSTS.event / BUSY,
-            f"each worker hears {heard:,.0f} events a second, {heard * COSTS.event:.0%} of its core",
+            heard * self.load.event / BUSY,
+            f"each worker hears {heard:,.0f} events a second, {heard * self.load.event:.0%} of its core",
             "what all workers hear does not become less by more of them: several relays, with a broker and channels each",
-        )
-        yield Limit(
-            "the time of an event to all of its streams",
-            self.pass_seconds / PASS_SECONDS,
-            f"the last of its {self.load.reach:,.0f} streams has an event after {self.pass_seconds * 1000:,.1f} ms",
-            "more workers than the CPU asks for",
-        )
-        yield Limit(
-            "a worker's descriptors",
-            self.worker_streams / DESCRIPTORS,
-            f"{self.worker_streams:,.0f} streams a worker",
-            "LimitNOFILE in the unit, up to fs.nr_open (1,048,576), or more workers",
         )
 
     def _of_hosts(self) -> Iterator[Limit]:
         yield Limit(
             "ports between a proxy and a host",
             self.host_streams / PORTS,
-            f"{self.host_streams:,.0f} streams a host, each a connection from the proxy",
-            "net.ipv4.ip_local_port_range = 1024 65535 at the proxy; then a second proxy, or a second address of the host's",
+            f"{self.host_streams:,.0f} streams a host, each a connection from the proxy, if that is by TCP",
+            "net.ipv4.ip_local_port_range = 1024 65535 at the proxy; more addresses of the host's, or more proxies; none is "
+            "used by a proxy on the host itself, with a Unix socket",
         )
         yield Limit(
             "a host's network card",
@@ -197,22 +197,22 @@ class Plan:
             f"{self.host_bits / MBIT:,.1f} Mbit/s to the streams of a host",
             "smaller events, or more hosts with fewer cores",
         )
-        yield Limit(
-            "the return of a lost host's streams",
-            self.return_seconds / RETURN_SECONDS,
-            f"{self.return_seconds:.1f} s of the other workers' CPU, for {self.load.streams / self.hosts:,.0f} streams",
-            "more hosts with fewer cores",
-        )
 
     def _of_brokers(self) -> Iterator[Limit]:
         rate, workers = self.load.rate, self.workers
         heard = self.load.heard(workers) * workers
+        yield Limit(
+            "PostgreSQL: commits with a NOTIFY",
+            rate * COSTS.commit,
+            f"{rate:,.0f} a second, one at a time, each until it is on disk: if that takes 1 ms, {rate * COSTS.commit:.0%} of all",
+            "several notify() in a transaction, a faster disk, or Redis",
+        )
         cpu = rate * (COSTS.notify + workers * COSTS.wake)
         yield Limit(
             "PostgreSQL: CPU of NOTIFY",
             cpu / (BUSY * self.load.cores),
             f"{cpu:.2f} cores to wake {workers} sessions {rate:,.0f} times a second",
-            "Redis; or many notify() in a transaction, since a commit wakes once",
+            "Redis; or several notify() in a transaction, since a commit wakes once",
         )
         yield Limit(
             "PostgreSQL: max_connections",
@@ -225,7 +225,7 @@ class Plan:
             "Redis: its one core",
             cpu / BUSY,
             f"{cpu:.1%} of it to hand {rate:,.0f} events a second on to {workers} connections",
-            "Redis Cluster without a history, where each server adds a core; or several relays, with a Redis and channels each",
+            "Redis Cluster without a history, where each server adds a core for its channels; or several relays, with a Redis each",
         )
         bits = heard * (self.load.size + PACKET) * 8
         yield Limit(
@@ -249,6 +249,10 @@ def report(load: Load) -> Iterator[str]:
         f"on each, then: {found.host_streams:,.0f} streams, {found.host_memory / GIB:,.1f} GiB of memory, "
         f"{found.worker_streams:,.0f} descriptors a worker, {found.host_bits / MBIT:,.1f} Mbit/s"
     )
+    yield (
+        f"the last of its streams has an event after {found.pass_seconds * 1000:,.0f} ms; the streams of a lost host take "
+        f"{found.return_seconds:,.1f} s of the others to be open again"
+    )
     yield ""
     yield "How much of what there is, if nothing is done about it, is used; first what is used up first:"
     for limit in found.limits():
@@ -260,10 +264,21 @@ def report(load: Load) -> Iterator[str]:
 
 
 def plan(load: Load) -> Plan:
-    """Return the fewest workers that are busy for no more than `BUSY`, on the hosts for them, and a host more."""
-    least = most = math.ceil(load.streams / STREAMS)
-    while load.busy(most) > BUSY:
-        most *= 2
+    """
+    Return the fewest workers that are busy for no more than `BUSY`, on the hosts for them, and a host more.
+
+    Raises:
+        SettingsError: If there are none: what is for all costs every worker that has a stream.
+
+    """
+    least = math.ceil(load.streams / STREAMS)
+    most = load.streams
+    if load.busy(most) > BUSY:
+        raise SettingsError(
+            f"no number of workers carries --rate {load.rate:.12g}: each that has a stream would be busy for "
+            f"{load.busy(most):.0%} of its time; divide the channels between relays with a broker each, or send several "
+            "events as one"
+        )
     workers = least + bisect.bisect_left(range(least, most + 1), True, key=lambda number: load.busy(number) <= BUSY)
     hosts = math.ceil(workers / load.cores)
     return Plan(load, hosts + 1, math.ceil(workers / hosts))
