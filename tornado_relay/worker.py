@@ -89,13 +89,16 @@ def rehearse(settings: Settings, report: Callable[[str], None]) -> int:
     """
 
     def started(trouble: str) -> None:
+        # Without its broker a worker serves, but no streams; the workers that are there have some.
+        if not trouble and worker.reader.trouble:
+            trouble = f"{worker.reader.name} is not reachable: {worker.reader.trouble}"
         if trouble:
             report(trouble)
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     seats, counts = Seats(Tally(1), 0, 0, 0), Counts(Ledger(1), 0)
-    return run(settings, [], seats, lambda: None, started, counts=counts, admin=None)
+    worker = Worker(settings, [], seats, lambda: None, started, counts=counts, admin=None)
+    return asyncio.run(worker.main())
 
 
 class Worker:
