@@ -103,6 +103,9 @@ def test_upgrade_by_sighup_loses_no_event_and_refuses_nobody(kept, tmp_path, ins
         ({"hub.py": ("class Hub", "clas Hub")}, "SyntaxError"),
         ({"worker.py": ("self.relay.poller.start()", "self.relay.poller.no_such()")}, "AttributeError"),
         ({"handover.py": ("VERSION = 1", "VERSION = 2")}, "cannot take over from the one that runs: restart it"),
+        ({"limits.py": ("ROWS = 4", "ROWS = 6")}, "cannot take over from the one that runs: restart it"),
+        ({"limits.py": ("ROWS = 4", "ROWS = 3")}, "cannot take over from the one that runs: restart it"),
+        ({"limits.py": ("CELLS = 65_536", "CELLS = 1_024")}, "cannot take over from the one that runs: restart it"),
         ({"__main__.py": ("sys.exit(main())", "sys.exit(1)")}, "ended with status 1"),
     ],
 )

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from . import limits
 from .errors import SettingsError
 from .process import Report
 from .settings import HANDOVER, Settings
 from .sockets import Listening
 
-# Of this form, and of all that is in memory which both know: limits.Tally, a worker's pulse.
+# Of this form, and of all that is in memory which both know: what the cells of limits.Tally mean, a worker's pulse.
 VERSION = 1
 
 FIXED = ("host", "port", "unix_socket", "admin_host", "admin_port", "workers", "embedded", "embedded_dir")
@@ -47,7 +48,8 @@ class Handover:
     """Those of each worker's place."""
     workers: list[Heir | None]
     """Who serves there."""
-    tally: int
+    tally: tuple[int, str]
+    """The memory, and how it is laid out; see `limits.Tally`."""
     ledger: tuple[int, str]
     """The memory, and what is counted where in it; see `counts.Ledger`."""
     admin: tuple[list[int], str, float] | None
@@ -93,7 +95,7 @@ class Handover:
         if self.report >= 0:
             descriptors = [self.memory, self.report]
         else:
-            descriptors = [self.memory, self.tally, self.ledger[0]]
+            descriptors = [self.memory, self.tally[0], self.ledger[0]]
             for heir in filter(None, self.workers):
                 descriptors += [heir.pulse] if heir.pipe < 0 else [heir.pulse, heir.pipe]
             for group in [*self.sockets, self.admin[0] if self.admin else []]:
@@ -134,18 +136,18 @@ def received(text: str | None) -> Handover | None:
     Return what a predecessor has left, as `settings.handed_over` gives it.
 
     Raises:
-        SettingsError: If it is a predecessor of another age.
+        SettingsError: If it is a predecessor of another age, or its workers count in other memory.
 
     """
     if text is None:
         return None
     fields = json.loads(text)
-    if fields["version"] != VERSION:
+    if fields["version"] != VERSION or fields["tally"][1] != limits.LAYOUT:
         if fields["report"] >= 0:
             Report(fields["report"])("the installed version cannot take over from the one that runs: restart it")
         raise SettingsError("the installed version cannot take over from the one that runs")
     fields["workers"] = [heir and Heir(**heir) for heir in fields["workers"]]
-    for name in ("ledger", "admin", "socket_file"):  # JSON has no tuples
+    for name in ("tally", "ledger", "admin", "socket_file"):  # JSON has no tuples
         fields[name] = fields[name] and tuple(fields[name])
     handover = Handover(**fields)
     handover.pass_on(False)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from . import limits
 from .brokers.backoff import Backoff
 from .counts import LAYOUT, PID, RELOADS, RESTARTS, Counts, Ledger
 from .handover import FIXED, Handover, Heir
-from .limits import Seats, Tally, descriptor_limit, shares
 from .process import SIGNALS, Process, died, fork
 from .settings import Settings
 from .sockets import Admin, Listening, identity, shown
@@ -101,11 +101,10 @@ class Supervisor:
         self._reload_again = False
         self._socket_file = listening.socket_file
         self._embedded = embedded
-        # What the workers count. While one is replaced there are two, and of each some may take long to end.
-        rows = 4 * len(self.slots)
+        rows = limits.ROWS * len(self.slots)
         if inherited:
             heirs = [heir for heir in inherited.workers if heir]
-            self.tally = Tally(rows, inherited.tally, [heir.row for heir in heirs])
+            self.tally = limits.Tally(rows, inherited.tally[0], [heir.row for heir in heirs])
             self.ledger = Ledger(rows + 1, *inherited.ledger)
             for slot, heir in zip(self.slots, inherited.workers, strict=True):
                 if heir:
@@ -114,7 +113,7 @@ class Supervisor:
             self._reloading = list(self.slots)
             self._reload_again = inherited.again
         else:
-            self.tally = Tally(rows)
+            self.tally = limits.Tally(rows)
             self.ledger = Ledger(rows + 1)
             for slot in self.slots:
                 slot.due = time.monotonic()
@@ -201,8 +200,8 @@ class Supervisor:
         close += [listener.close for other in self.slots if other is not slot for listener in other.sockets]
         close += [partial(os.close, self._wake_read), partial(os.close, self._wake_write)]
         row = self.tally.take_row()
-        current, (here, _) = self.settings, shares(descriptor_limit())
-        seats = Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
+        current, (here, _) = self.settings, limits.shares(limits.descriptor_limit())
+        seats = limits.Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
         counts = Counts(self.ledger, row)
         counts.begin(slot.number)
         admin = self.admin and dataclasses.replace(self.admin, number=slot.number)
@@ -336,7 +335,7 @@ class Supervisor:
         return Handover(
             [[listener.fileno() for listener in slot.sockets] for slot in self.slots],
             [Heir(heir.pid, heir.pulse, heir.pipe, heir.row, heir.drain_seconds) if heir else None for heir in heirs],
-            self.tally.descriptor,
+            (self.tally.descriptor, limits.LAYOUT),
             (self.ledger.descriptor, LAYOUT),
             ([listener.fileno() for listener in admin.listeners], str(admin.folder), admin.since) if admin else None,
             self._socket_file,
