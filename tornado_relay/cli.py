@@ -107,7 +107,8 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     # Until the supervisor takes over, a SIGTERM must still end what has been started here.
     signal.signal(signal.SIGTERM, _terminated)
     current = inherited.settings() if inherited else load()
-    _hide_secrets()
+    if not inherited:  # a handover is for this very process image
+        _hide_secrets()
     variables = settings.systemd_variables()
     logs.setup(current.log_level, current.log_format, journal=systemd.reads_stderr(variables))
     public, admin = systemd.given(variables)
