@@ -187,6 +187,30 @@ def test_settings_that_change_after_the_trial_wait_for_the_next_reload(redis_ser
         assert "RELAY_HEARTBEAT" in relay.log
 
 
+def test_empty_place_is_filled_at_once(redis_server, tmp_path, pages, installed):
+    """One whose worker is dead at the handover does not wait for the drains of those before it: its socket has a queue."""
+    installed.change({"supervisor.py": ("Backoff(0.1, 30.0)", "Backoff(60.0, 60.0)")})
+    flags = ("--workers", "2", "--drain-seconds", "10")
+    with installed.relay(tmp_path, *flags, drain=None, **redis_server.environment) as relay:
+        survivor, victim = relay.workers()
+        pages.open(relay.port, ["/channel=x"] * 40)
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: "was ended by SIGKILL, the next starts" in relay.log, "its death is noticed")
+        relay.signal(signal.SIGHUP)
+        until(lambda: "has taken over" in relay.log, "the handover")
+        pages.open(relay.port, ["/healthz"] * 20)
+        assert survivor in relay.workers(), "the drain has ended"
+
+
+def test_flag_that_the_new_version_makes_a_secret(redis_server, tmp_path, pages, installed):
+    """It stays on the command line until a restart; nobody executes itself in the middle of a handover."""
+    meaning = '"gzip compresses events for clients that take it, each once for all streams | off",'
+    with installed.relay(tmp_path, "--workers", "1", "--compression", "off", **redis_server.environment) as relay:
+        installed.change({"settings.py": (meaning, f"{meaning} secret=True,")} | CHANGED)
+        reload(relay)
+        assert b"/99." in pages.open(relay.port, ["/channel=x"])[0].head
+
+
 @pytest.mark.parametrize("limit", ["--max-connections", "--max-connections-per-ip"])
 def test_seats_are_counted_over_a_reload(redis_server, tmp_path, pages, installed, limit):
     """While the old worker drains its streams still count, by their addresses too, and those of the new one after that."""

@@ -45,7 +45,7 @@ class Slot:
     """The worker that serves; during a reload it goes on until `replacement` serves."""
     replacement: Process | None = None
     backoff: Backoff = dataclasses.field(default_factory=lambda: Backoff(0.1, 30.0))
-    due: float | None = None
+    due: float | None = 0.0
     """When to start the next worker, while there is none."""
 
 
@@ -110,13 +110,12 @@ class Supervisor:
                 if heir:
                     slot.current = Process(heir.pulse, heir.pipe, heir.drain_seconds, heir.row, heir.pid)
                     self.processes[heir.pid] = slot.current, slot
+                    slot.due = None
             self._reloading = list(self.slots)
             self._reload_again = inherited.again
         else:
             self.tally = limits.Tally(rows)
             self.ledger = Ledger(rows + 1)
-            for slot in self.slots:
-                slot.due = time.monotonic()
         # What this process counts, behind the rows of the others.
         self.counts = Counts(self.ledger, rows)
         # The parent's own pauses (a suspended machine) must not look like stuck workers.
