@@ -107,6 +107,11 @@ def test_upgrade_by_sighup_loses_no_event_and_refuses_nobody(kept, tmp_path, ins
         ({"limits.py": ("ROWS = 4", "ROWS = 3")}, "cannot take over from the one that runs: restart it"),
         ({"limits.py": ("CELLS = 65_536", "CELLS = 1_024")}, "cannot take over from the one that runs: restart it"),
         ({"__main__.py": ("sys.exit(main())", "sys.exit(1)")}, "ended with status 1"),
+        ({"__main__.py": ("sys.exit(main())", "sys.exit(0)")}, "ended with status 0"),
+        (
+            {"worker.py": ("self.reader = Reader(", "self._stop.set()\n            self.reader = Reader(")},
+            "ended with status 1",
+        ),
     ],
 )
 def test_code_that_does_not_serve_changes_nothing(redis_server, tmp_path, pages, installed, changes, why):

@@ -151,9 +151,11 @@ def _on_trial(load: Callable[[], Settings], inherited: handover.Handover) -> int
     except SettingsError as exc:
         report(str(exc))
         return 2
-    status = worker.rehearse(fresh, report)
+    if not worker.rehearse(fresh, report):
+        return 1
     inherited.leave_settings(fresh)
-    return status
+    report("")
+    return 0
 
 
 def _complete(loaded: Settings, cluster: embedded.Cluster | None) -> Settings:

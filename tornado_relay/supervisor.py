@@ -250,7 +250,7 @@ class Supervisor:
             process.read_report()
         process.close()
         if process is self._trial:
-            self._tried(process.trouble or (died(status) if status else ""))
+            self._tried("" if process.ready else process.trouble or died(status))
             return
         self._free(process.row)
         if self.admin:
