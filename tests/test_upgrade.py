@@ -192,6 +192,24 @@ def test_settings_that_change_after_the_trial_wait_for_the_next_reload(redis_ser
         assert "RELAY_HEARTBEAT" in relay.log
 
 
+def test_interpreter_that_is_gone_is_named(redis_server, tmp_path, installed):
+    """A virtualenv that was removed, or is being made anew."""
+    venv, ours = tmp_path / "venv", Path(sys.prefix)
+    (venv / "bin").mkdir(parents=True)
+    for name in ("pyvenv.cfg", "lib", "bin/python"):
+        (venv / name).symlink_to(ours / name)
+    python = venv / "bin/python"
+    command = (str(python), "-m", "tornado_relay")
+    options = {"PYTHONPATH": str(installed.home), **redis_server.environment}
+    with Relay(tmp_path, "--workers", "2", command=command, **options) as relay:
+        workers = relay.workers()
+        python.unlink()
+        reload(relay, "reload refused")
+        assert f"{python} cannot be run: " in relay.log
+        assert relay.workers() == workers
+        assert "Traceback" not in relay.log
+
+
 def test_empty_place_is_filled_at_once(redis_server, tmp_path, pages, installed):
     """One whose worker is dead at the handover does not wait for the drains of those before it: its socket has a queue."""
     installed.change({"supervisor.py": ("Backoff(0.1, 30.0)", "Backoff(60.0, 60.0)")})

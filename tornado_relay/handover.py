@@ -70,7 +70,10 @@ class Handover:
 
     def on_trial(self, _: Callable[[], None], report: Report) -> int:
         """Become the trial of what is installed now; a `process.Run`."""
-        dataclasses.replace(self, report=report.pipe).execute()
+        try:
+            dataclasses.replace(self, report=report.pipe).execute()
+        except OSError as exc:
+            report(f"{sys.executable} cannot be run: {exc}")
         return 1
 
     def execute(self) -> None:
