@@ -234,6 +234,19 @@ def test_flag_that_the_new_version_makes_a_secret(redis_server, tmp_path, pages,
         assert b"/99." in pages.open(relay.port, ["/channel=x"])[0].head
 
 
+def test_settings_that_take_a_restart_are_named(redis_server, tmp_path, installed):
+    """By their variables; and what a reload hands over, secrets too, is open in no worker."""
+    (env_file := tmp_path / "relay.env").write_text("RELAY_WORKERS=1\n")
+    with installed.relay(tmp_path, "--env-file", env_file, **redis_server.environment) as relay:
+        env_file.write_text("RELAY_WORKERS=2\n")
+        reload(relay)
+        assert "RELAY_WORKERS changed: that takes a restart" in relay.log
+        (worker,) = relay.workers()
+        for pid, has_them in ((relay.process.pid, True), (worker, False)):
+            links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            assert any("memfd:settings" in link for link in links) == has_them
+
+
 @pytest.mark.parametrize("limit", ["--max-connections", "--max-connections-per-ip"])
 def test_seats_are_counted_over_a_reload(redis_server, tmp_path, pages, installed, limit):
     """While the old worker drains its streams still count, by their addresses too, and those of the new one after that."""

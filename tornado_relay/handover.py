@@ -19,7 +19,7 @@ from typing import Any
 from . import limits
 from .errors import SettingsError
 from .process import Report
-from .settings import HANDOVER, Settings
+from .settings import FIELDS, HANDOVER, Settings
 from .sockets import Listening
 
 # Of this form, and of all that is in memory which both know: what the cells of limits.Tally mean, a worker's pulse.
@@ -115,9 +115,13 @@ class Handover:
         return Listening(groups, admin, self.socket_file)
 
     def keep_fixed(self, fresh: Settings) -> tuple[Settings, list[str]]:
-        """Return ``fresh`` with what takes a restart as it was, and the names of what was to change of that."""
+        """Return ``fresh`` with what takes a restart as it was, and the variables of what was to change of that."""
         kept = {name: self.fixed[name] for name in FIXED if name in self.fixed}
-        changed = [name for name, value in kept.items() if getattr(fresh, name) != value]
+        changed = [
+            field.metadata["variable"]
+            for field in FIELDS
+            if field.name in kept and getattr(fresh, field.name) != kept[field.name]
+        ]
         return dataclasses.replace(fresh, **kept), changed
 
     def leave_settings(self, settings: Settings) -> None:

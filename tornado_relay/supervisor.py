@@ -197,7 +197,7 @@ class Supervisor:
     def _fork(self, slot: Slot) -> Process:
         close = [process.close for process, _ in self.processes.values()]
         close += [listener.close for other in self.slots if other is not slot for listener in other.sockets]
-        close += [partial(os.close, self._wake_read), partial(os.close, self._wake_write)]
+        close += [partial(os.close, each) for each in (self._wake_read, self._wake_write, self._memory)]
         row = self.tally.take_row()
         current, (here, _) = self.settings, limits.shares(limits.descriptor_limit())
         seats = limits.Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
