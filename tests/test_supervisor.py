@@ -201,6 +201,7 @@ def test_sigterm_while_a_reload_replaces_a_dead_worker(tmp_path, redis_server):
     with Relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
         workers = relay.workers()
         relay.signal(signal.SIGHUP)
+        until(lambda: "has taken over" in relay.log, "the handover")
         until(lambda: len(relay.workers()) == 3, "the first replacement is forked")
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
