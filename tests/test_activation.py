@@ -13,6 +13,7 @@ from callers import Callers
 from programs import program
 from relay import COMMAND, Relay, environment, giving
 from servers import free_port, until
+from test_limits import statuses
 
 from tornado_relay import __version__
 
@@ -173,8 +174,8 @@ def test_ipv4_client_of_an_ipv6_socket(redis_server, tmp_path, pages, listen):
         flags = ("--max-connections-per-ip", "2", "--trusted-proxies", "127.0.0.1", "--workers", "1")
         with Relay(tmp_path, *flags, given=[both], **redis_server.environment) as relay:
             for client in ("1.1.1.1", "1.1.1.2"):
-                opened = pages.open(relay.port, ["/channel=x"] * 3, {"X-Forwarded-For": client})
-                assert sum(b"retry: " in page.body and page.body.count(b"retry") == 1 for page in opened) >= 2
+                taken, refused = statuses(pages, relay, 3, {"X-Forwarded-For": client})
+                assert (len(taken), len(refused)) == (2, 1)
             pages.open(relay.port, ["/channel=x"])
             pages.open(relay.port, ["/channel=x"], version="1.0")  # by Tornado's way
             until(lambda: relay.log.count("stream opened: 127.0.0.1 on x") == 2, "they are logged by their address")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from relay import COMMAND, ROOT, Relay, environment, run
-from servers import free_port, until
+from servers import RedisServer, free_port, until
 
 from tornado_relay import subscribe_token
 
@@ -114,6 +114,50 @@ def test_sighup_with_a_broker_that_refuses_keeps_the_old_workers(tmp_path, pages
         assert not page.closed
 
 
+def test_sighup_with_a_broker_that_cannot_be_reached_keeps_the_streams(broker, tmp_path, pages, channel):
+    """A closed port, or a host that does not exist, is named; a reload to the broker that answers goes through."""
+    env_file = tmp_path / "relay.env"
+    ((variable, url),) = broker.environment.items()
+    env_file.write_text(f"{variable}={url}\n")
+    with Relay(tmp_path, "--workers", "2", "--env-file", env_file) as relay:
+        before = relay.workers()
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        for times, place in enumerate((f"127.0.0.1:{free_port()}", "no-such-host.invalid:1"), 1):
+            env_file.write_text(f"{variable}={url.replace(f'127.0.0.1:{broker.port}', place)}\n")
+            relay.signal(signal.SIGHUP)
+            until(lambda times=times: relay.log.count("reload refused") == times, "the refusal", 30)
+        assert re.search(r"reload refused.* is not reachable: ", relay.log)
+        assert relay.workers() == before
+        broker.publish(channel, "hello")
+        pages.until(lambda: page.events, "the event")
+        env_file.write_text(f"{variable}={url}\n")
+        relay.signal(signal.SIGHUP)
+        until(lambda: " reloaded" in relay.log, "the reload")
+        assert not set(relay.workers()) & set(before)
+
+
+def test_sighup_while_the_broker_is_away_changes_nothing(tmp_path, pages, home):
+    """Also where nothing was to change: the workers wait for it, and their streams are still there when it is back."""
+    (folder := home / "away").mkdir()
+    server = RedisServer(folder)
+    try:
+        with Relay(tmp_path, "--workers", "2", **server.environment) as relay:
+            before = relay.workers()
+            (page,) = pages.open(relay.port, ["/channel=x"])
+            server.stop()
+            relay.signal(signal.SIGHUP)
+            until(lambda: "Redis is not reachable" in relay.log.partition("reload refused")[2], "the refusal")
+            server.start()
+            until(lambda: relay.log.count("Redis connected") == 4, "both are connected again")
+            server.publish("x", "hello")
+            pages.until(lambda: page.data[-1:] == ["hello"], "the event")
+            assert relay.workers() == before
+            relay.signal(signal.SIGHUP)
+            until(lambda: " reloaded" in relay.log, "the reload")
+    finally:
+        server.stop()
+
+
 def test_settings_of_a_reload_that_failed_are_not_used_later(tmp_path, pages, postgres_server):
     """A worker that dies after it starts with the old settings, which work."""
     env_file = tmp_path / "relay.env"
@@ -157,6 +201,7 @@ def test_sigterm_while_a_reload_replaces_a_dead_worker(tmp_path, redis_server):
     with Relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
         workers = relay.workers()
         relay.signal(signal.SIGHUP)
+        until(lambda: "has taken over" in relay.log, "the handover")
         until(lambda: len(relay.workers()) == 3, "the first replacement is forked")
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
@@ -283,8 +328,6 @@ class TestBootFailures:
 
 def test_broker_that_is_down_at_the_start_is_waited_for(tmp_path, pages, home):
     """In a compose file the database may come later: the relay serves soft refusals, then streams."""
-    from servers import RedisServer
-
     folder = home / "late"
     folder.mkdir()
     server = RedisServer(folder)

@@ -103,7 +103,15 @@ def test_upgrade_by_sighup_loses_no_event_and_refuses_nobody(kept, tmp_path, ins
         ({"hub.py": ("class Hub", "clas Hub")}, "SyntaxError"),
         ({"worker.py": ("self.relay.poller.start()", "self.relay.poller.no_such()")}, "AttributeError"),
         ({"handover.py": ("VERSION = 1", "VERSION = 2")}, "cannot take over from the one that runs: restart it"),
+        ({"limits.py": ("ROWS = 4", "ROWS = 6")}, "cannot take over from the one that runs: restart it"),
+        ({"limits.py": ("ROWS = 4", "ROWS = 3")}, "cannot take over from the one that runs: restart it"),
+        ({"limits.py": ("CELLS = 65_536", "CELLS = 1_024")}, "cannot take over from the one that runs: restart it"),
         ({"__main__.py": ("sys.exit(main())", "sys.exit(1)")}, "ended with status 1"),
+        ({"__main__.py": ("sys.exit(main())", "sys.exit(0)")}, "ended with status 0"),
+        (
+            {"worker.py": ("self.reader = Reader(", "self._stop.set()\n            self.reader = Reader(")},
+            "ended with status 1",
+        ),
     ],
 )
 def test_code_that_does_not_serve_changes_nothing(redis_server, tmp_path, pages, installed, changes, why):
@@ -182,6 +190,61 @@ def test_settings_that_change_after_the_trial_wait_for_the_next_reload(redis_ser
         assert pages.open(relay.port, ["/healthz"], {"Origin": "https://other.example"})[0].status == 403
         reload(relay, "reload refused")
         assert "RELAY_HEARTBEAT" in relay.log
+
+
+def test_interpreter_that_is_gone_is_named(redis_server, tmp_path, installed):
+    """A virtualenv that was removed, or is being made anew."""
+    venv, ours = tmp_path / "venv", Path(sys.prefix)
+    (venv / "bin").mkdir(parents=True)
+    for name in ("pyvenv.cfg", "lib", "bin/python"):
+        (venv / name).symlink_to(ours / name)
+    python = venv / "bin/python"
+    command = (str(python), "-m", "tornado_relay")
+    options = {"PYTHONPATH": str(installed.home), **redis_server.environment}
+    with Relay(tmp_path, "--workers", "2", command=command, **options) as relay:
+        workers = relay.workers()
+        python.unlink()
+        reload(relay, "reload refused")
+        assert f"{python} cannot be run: " in relay.log
+        assert relay.workers() == workers
+        assert "Traceback" not in relay.log
+
+
+def test_empty_place_is_filled_at_once(redis_server, tmp_path, pages, installed):
+    """One whose worker is dead at the handover does not wait for the drains of those before it: its socket has a queue."""
+    installed.change({"supervisor.py": ("Backoff(0.1, 30.0)", "Backoff(60.0, 60.0)")})
+    flags = ("--workers", "2", "--drain-seconds", "10")
+    with installed.relay(tmp_path, *flags, drain=None, **redis_server.environment) as relay:
+        survivor, victim = relay.workers()
+        pages.open(relay.port, ["/channel=x"] * 40)
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: "was ended by SIGKILL, the next starts" in relay.log, "its death is noticed")
+        relay.signal(signal.SIGHUP)
+        until(lambda: "has taken over" in relay.log, "the handover")
+        pages.open(relay.port, ["/healthz"] * 20)
+        assert survivor in relay.workers(), "the drain has ended"
+
+
+def test_flag_that_the_new_version_makes_a_secret(redis_server, tmp_path, pages, installed):
+    """It stays on the command line until a restart; nobody executes itself in the middle of a handover."""
+    meaning = '"gzip compresses events for clients that take it, each once for all streams | off",'
+    with installed.relay(tmp_path, "--workers", "1", "--compression", "off", **redis_server.environment) as relay:
+        installed.change({"settings.py": (meaning, f"{meaning} secret=True,")} | CHANGED)
+        reload(relay)
+        assert b"/99." in pages.open(relay.port, ["/channel=x"])[0].head
+
+
+def test_settings_that_take_a_restart_are_named(redis_server, tmp_path, installed):
+    """By their variables; and what a reload hands over, secrets too, is open in no worker."""
+    (env_file := tmp_path / "relay.env").write_text("RELAY_WORKERS=1\n")
+    with installed.relay(tmp_path, "--env-file", env_file, **redis_server.environment) as relay:
+        env_file.write_text("RELAY_WORKERS=2\n")
+        reload(relay)
+        assert "RELAY_WORKERS changed: that takes a restart" in relay.log
+        (worker,) = relay.workers()
+        for pid, has_them in ((relay.process.pid, True), (worker, False)):
+            links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            assert any("memfd:settings" in link for link in links) == has_them
 
 
 @pytest.mark.parametrize("limit", ["--max-connections", "--max-connections-per-ip"])

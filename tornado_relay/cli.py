@@ -107,7 +107,8 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     # Until the supervisor takes over, a SIGTERM must still end what has been started here.
     signal.signal(signal.SIGTERM, _terminated)
     current = inherited.settings() if inherited else load()
-    _hide_secrets()
+    if not inherited:  # a handover is for this very process image
+        _hide_secrets()
     variables = settings.systemd_variables()
     logs.setup(current.log_level, current.log_format, journal=systemd.reads_stderr(variables))
     public, admin = systemd.given(variables)
@@ -150,9 +151,11 @@ def _on_trial(load: Callable[[], Settings], inherited: handover.Handover) -> int
     except SettingsError as exc:
         report(str(exc))
         return 2
-    status = worker.rehearse(fresh, report)
+    if not worker.rehearse(fresh, report):
+        return 1
     inherited.leave_settings(fresh)
-    return status
+    report("")
+    return 0
 
 
 def _complete(loaded: Settings, cluster: embedded.Cluster | None) -> Settings:

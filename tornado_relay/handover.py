@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from . import limits
 from .errors import SettingsError
 from .process import Report
-from .settings import HANDOVER, Settings
+from .settings import FIELDS, HANDOVER, Settings
 from .sockets import Listening
 
-# Of this form, and of all that is in memory which both know: limits.Tally, a worker's pulse.
+# Of this form, and of all that is in memory which both know: what the cells of limits.Tally mean, a worker's pulse.
 VERSION = 1
 
 FIXED = ("host", "port", "unix_socket", "admin_host", "admin_port", "workers", "embedded", "embedded_dir")
@@ -47,7 +48,8 @@ class Handover:
     """Those of each worker's place."""
     workers: list[Heir | None]
     """Who serves there."""
-    tally: int
+    tally: tuple[int, str]
+    """The memory, and how it is laid out; see `limits.Tally`."""
     ledger: tuple[int, str]
     """The memory, and what is counted where in it; see `counts.Ledger`."""
     admin: tuple[list[int], str, float] | None
@@ -68,7 +70,10 @@ class Handover:
 
     def on_trial(self, _: Callable[[], None], report: Report) -> int:
         """Become the trial of what is installed now; a `process.Run`."""
-        dataclasses.replace(self, report=report.pipe).execute()
+        try:
+            dataclasses.replace(self, report=report.pipe).execute()
+        except OSError as exc:
+            report(f"{sys.executable} cannot be run: {exc}")
         return 1
 
     def execute(self) -> None:
@@ -93,7 +98,7 @@ class Handover:
         if self.report >= 0:
             descriptors = [self.memory, self.report]
         else:
-            descriptors = [self.memory, self.tally, self.ledger[0]]
+            descriptors = [self.memory, self.tally[0], self.ledger[0]]
             for heir in filter(None, self.workers):
                 descriptors += [heir.pulse] if heir.pipe < 0 else [heir.pulse, heir.pipe]
             for group in [*self.sockets, self.admin[0] if self.admin else []]:
@@ -110,9 +115,13 @@ class Handover:
         return Listening(groups, admin, self.socket_file)
 
     def keep_fixed(self, fresh: Settings) -> tuple[Settings, list[str]]:
-        """Return ``fresh`` with what takes a restart as it was, and the names of what was to change of that."""
+        """Return ``fresh`` with what takes a restart as it was, and the variables of what was to change of that."""
         kept = {name: self.fixed[name] for name in FIXED if name in self.fixed}
-        changed = [name for name, value in kept.items() if getattr(fresh, name) != value]
+        changed = [
+            field.metadata["variable"]
+            for field in FIELDS
+            if field.name in kept and getattr(fresh, field.name) != kept[field.name]
+        ]
         return dataclasses.replace(fresh, **kept), changed
 
     def leave_settings(self, settings: Settings) -> None:
@@ -134,18 +143,18 @@ def received(text: str | None) -> Handover | None:
     Return what a predecessor has left, as `settings.handed_over` gives it.
 
     Raises:
-        SettingsError: If it is a predecessor of another age.
+        SettingsError: If it is a predecessor of another age, or its workers count in other memory.
 
     """
     if text is None:
         return None
     fields = json.loads(text)
-    if fields["version"] != VERSION:
+    if fields["version"] != VERSION or fields["tally"][1] != limits.LAYOUT:
         if fields["report"] >= 0:
             Report(fields["report"])("the installed version cannot take over from the one that runs: restart it")
         raise SettingsError("the installed version cannot take over from the one that runs")
     fields["workers"] = [heir and Heir(**heir) for heir in fields["workers"]]
-    for name in ("ledger", "admin", "socket_file"):  # JSON has no tuples
+    for name in ("tally", "ledger", "admin", "socket_file"):  # JSON has no tuples
         fields[name] = fields[name] and tuple(fields[name])
     handover = Handover(**fields)
     handover.pass_on(False)

@@ -21,6 +21,10 @@ CELLS = 65_536
 _ROW = 1 + 2 * CELLS
 # The secret of the addresses' hashes: nobody can choose addresses that collide.
 _KEY_BYTES = 16
+# Of each worker's place. While one is replaced there are two, and of each some may take long to end.
+ROWS = 4
+LAYOUT = f"{ROWS} rows, {CELLS} cells, {_KEY_BYTES} bytes"
+"""What tells this memory from that of another version."""
 
 # A worker's own descriptors: its sockets, the broker's connections, those to the application.
 OWN_DESCRIPTORS = 64
@@ -38,18 +42,20 @@ class Tally:
 
     Args:
         rows: How many processes may count at a time.
-        descriptor: The memory of another one with as many rows, to go on with.
+        descriptor: The memory of another one with as many rows and the same `LAYOUT`, to go on with.
         taken: The rows that are taken there.
 
     """
 
     def __init__(self, rows: int, descriptor: int | None = None, taken: Collection[int] = ()) -> None:
         size = _KEY_BYTES + rows * _ROW * 4
-        self.descriptor = os.memfd_create("tally") if descriptor is None else descriptor
-        os.ftruncate(self.descriptor, size)
-        memory = memoryview(mmap.mmap(self.descriptor, size))
         if descriptor is None:
-            memory[:_KEY_BYTES] = secrets.token_bytes(_KEY_BYTES)
+            self.descriptor = os.memfd_create("tally")
+            os.write(self.descriptor, secrets.token_bytes(_KEY_BYTES))
+            os.ftruncate(self.descriptor, size)
+        else:
+            self.descriptor = descriptor
+        memory = memoryview(mmap.mmap(self.descriptor, size))
         self.key = bytes(memory[:_KEY_BYTES])
         self.counters = memory[_KEY_BYTES:].cast("I")
         self.rows = rows

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from . import limits
 from .brokers.backoff import Backoff
 from .counts import LAYOUT, PID, RELOADS, RESTARTS, Counts, Ledger
 from .handover import FIXED, Handover, Heir
-from .limits import Seats, Tally, descriptor_limit, shares
 from .process import SIGNALS, Process, died, fork
 from .settings import Settings
 from .sockets import Admin, Listening, identity, shown
@@ -45,7 +45,7 @@ class Slot:
     """The worker that serves; during a reload it goes on until `replacement` serves."""
     replacement: Process | None = None
     backoff: Backoff = dataclasses.field(default_factory=lambda: Backoff(0.1, 30.0))
-    due: float | None = None
+    due: float | None = 0.0
     """When to start the next worker, while there is none."""
 
 
@@ -101,23 +101,21 @@ class Supervisor:
         self._reload_again = False
         self._socket_file = listening.socket_file
         self._embedded = embedded
-        # What the workers count. While one is replaced there are two, and of each some may take long to end.
-        rows = 4 * len(self.slots)
+        rows = limits.ROWS * len(self.slots)
         if inherited:
             heirs = [heir for heir in inherited.workers if heir]
-            self.tally = Tally(rows, inherited.tally, [heir.row for heir in heirs])
+            self.tally = limits.Tally(rows, inherited.tally[0], [heir.row for heir in heirs])
             self.ledger = Ledger(rows + 1, *inherited.ledger)
             for slot, heir in zip(self.slots, inherited.workers, strict=True):
                 if heir:
                     slot.current = Process(heir.pulse, heir.pipe, heir.drain_seconds, heir.row, heir.pid)
                     self.processes[heir.pid] = slot.current, slot
+                    slot.due = None
             self._reloading = list(self.slots)
             self._reload_again = inherited.again
         else:
-            self.tally = Tally(rows)
+            self.tally = limits.Tally(rows)
             self.ledger = Ledger(rows + 1)
-            for slot in self.slots:
-                slot.due = time.monotonic()
         # What this process counts, behind the rows of the others.
         self.counts = Counts(self.ledger, rows)
         # The parent's own pauses (a suspended machine) must not look like stuck workers.
@@ -199,10 +197,10 @@ class Supervisor:
     def _fork(self, slot: Slot) -> Process:
         close = [process.close for process, _ in self.processes.values()]
         close += [listener.close for other in self.slots if other is not slot for listener in other.sockets]
-        close += [partial(os.close, self._wake_read), partial(os.close, self._wake_write)]
+        close += [partial(os.close, each) for each in (self._wake_read, self._wake_write, self._memory)]
         row = self.tally.take_row()
-        current, (here, _) = self.settings, shares(descriptor_limit())
-        seats = Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
+        current, (here, _) = self.settings, limits.shares(limits.descriptor_limit())
+        seats = limits.Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
         counts = Counts(self.ledger, row)
         counts.begin(slot.number)
         admin = self.admin and dataclasses.replace(self.admin, number=slot.number)
@@ -252,7 +250,7 @@ class Supervisor:
             process.read_report()
         process.close()
         if process is self._trial:
-            self._tried(process.trouble or (died(status) if status else ""))
+            self._tried("" if process.ready else process.trouble or died(status))
             return
         self._free(process.row)
         if self.admin:
@@ -336,7 +334,7 @@ class Supervisor:
         return Handover(
             [[listener.fileno() for listener in slot.sockets] for slot in self.slots],
             [Heir(heir.pid, heir.pulse, heir.pipe, heir.row, heir.drain_seconds) if heir else None for heir in heirs],
-            self.tally.descriptor,
+            (self.tally.descriptor, limits.LAYOUT),
             (self.ledger.descriptor, LAYOUT),
             ([listener.fileno() for listener in admin.listeners], str(admin.folder), admin.since) if admin else None,
             self._socket_file,

@@ -79,23 +79,29 @@ def run(
     return asyncio.run(Worker(settings, sockets, seats, beat, report, counts=counts, admin=admin).main())
 
 
-def rehearse(settings: Settings, report: Callable[[str], None]) -> int:
+def rehearse(settings: Settings, report: Callable[[str], None]) -> bool:
     """
     Start as `run` does, with no sockets, and end once it would serve; ``report`` is called only if it cannot.
 
     Returns:
-        The exit status, 0 if it would serve.
+        Whether it would serve.
 
     """
+    served = False
 
     def started(trouble: str) -> None:
+        nonlocal served
+        # Without its broker a worker serves, but no streams; the workers that are there have some.
+        if not trouble and worker.reader.trouble:
+            trouble = f"{worker.reader.name} is not reachable: {worker.reader.trouble}"
+        served = not trouble
         if trouble:
             report(trouble)
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     seats, counts = Seats(Tally(1), 0, 0, 0), Counts(Ledger(1), 0)
-    return run(settings, [], seats, lambda: None, started, counts=counts, admin=None)
+    worker = Worker(settings, [], seats, lambda: None, started, counts=counts, admin=None)
+    return asyncio.run(worker.main()) == STOPPED and served
 
 
 class Worker:
