@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 from pages import come_back, got, resets
 from programs import program
-from redis_group import NOTIFIED, Cluster, notify_in_django, running
+from redis_group import NOTIFIED, Cluster, Member, all_say, cluster, notify_in_django, port_with_bus, running
 from relay import Relay, run, watched
 from servers import old_redis_binary, until
 from storm import CHANNELS, drill
@@ -162,6 +162,50 @@ def test_master_that_stands_still(fragile, tmp_path, pages, channel):
         assert told["sse_relay_delivery_latency_seconds_count",] == 1
         until(lambda: named(relay.metrics(), "sse_relay_broker_probe_seconds").get("0"), "a probe")
     publisher.close()
+
+
+def test_master_that_is_cut_off_is_not_believed(home, tmp_path, pages, channel):
+    """It goes on taking events, and still names itself, when another one is elected: nobody stays with it."""
+    sides = []
+    try:
+        for side in ("minority", "majority"):
+            options = ("--cluster-enabled", "yes")
+            sides.append(
+                Member(home / f"{channel}-{side}", *options, port=port_with_bus(), binary=program("redis-server"))
+            )
+        minority, majority = sides
+        cluster(minority, "ADDSLOTSRANGE", 0, 16383)
+        until(all_say([minority], "cluster_state:ok"), "all is as it was")
+        address = f"redis+cluster://127.0.0.1:{minority.port},127.0.0.1:{majority.port}"
+        with (
+            closing(open_publisher("redis", address)) as publisher,
+            Relay(tmp_path, "--workers", "1", REDIS_URL=address) as relay,
+        ):
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            publisher.publish(channel, "before")
+            got(pages, page, "before")
+            # As it is behind a cut: its own slot is still its own, and it takes what is sent to that.
+            cluster(minority, "DELSLOTS", next(slot for slot in (0, 1) if slot != slot_of(channel)))
+            cluster(majority, "ADDSLOTSRANGE", 0, 16383)
+            until(all_say([minority], "cluster_state:fail"), "it knows that it is cut off")
+            until(all_say([majority], "cluster_state:ok"), "there is another one")
+
+            def heard():
+                publisher.publish(channel, "after")
+                pages.read(0.1)
+                return page.data[-1] == "after" and resets(page)
+
+            until(heard, "publisher and relay are at the other one", 30)
+            for number in range(10):
+                with closing(open_publisher("redis", address)) as another:
+                    another.publish(channel, str(number))
+            pages.until(lambda: page.data[-10:] == [*map(str, range(10))], "those that begin now are there too")
+            assert len(resets(page)) == 1
+            assert majority.listeners()
+            assert not minority.listeners()
+    finally:
+        for each in sides:
+            each.end()
 
 
 @pytest.mark.parametrize("history", ["0", "100"])
