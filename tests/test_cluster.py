@@ -1,5 +1,6 @@
 """Redis Cluster: events on their channel's shard, the history on one of them."""
 
+import itertools
 import re
 import time
 from contextlib import closing
@@ -16,6 +17,7 @@ from test_metrics import counted, named
 
 from tornado_relay.brokers.redis import url
 from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, TAG, parse, slot_of
+from tornado_relay.brokers.redis.listener import links_to
 from tornado_relay.errors import SettingsError
 from tornado_relay.publish import open_publisher
 
@@ -123,6 +125,31 @@ def test_slot_that_moves_is_told_to_its_channels_alone(group, tmp_path, pages, c
         target.client.execute_command("SPUBLISH", channel, "by hand")
         got(pages, page, "here", "by hand")
     publisher.close()
+
+
+def test_channel_is_dropped_just_when_its_slot_moves(group, channel):
+    """The server tells the one in the words of the other, and answers that the slot has moved; the connection goes on."""
+    source = group.owner(slot_of(channel))
+    names = (f"{channel}-{number}" for number in itertools.count())
+    other, third = itertools.islice((name for name in names if group.owner(slot_of(name)) is source), 2)
+    with closing(links_to(group.url, "test")) as links:
+        confirmed = set()
+
+        def listens(name):
+            for link in links.wait()[1]:
+                confirmed.update(name for kind, name, _ in links.checked(link.batch()[0]) if kind == b"subscribe")
+            return name.encode() in confirmed
+
+        links.send([("SUBSCRIBE", [channel])])
+        until(lambda: listens(channel), "it is listened to")
+        group.migrate(slot_of(channel), next(each for each in group.servers[:3] if each is not source))
+        links.send([("UNSUBSCRIBE", [channel]), ("SUBSCRIBE", [other])])
+        until(lambda: listens(other), "another one is listened to")
+        links.send([("UNSUBSCRIBE", [other]), ("SUBSCRIBE", [third])])
+        until(lambda: listens(third), "and one more")
+        confirmed.clear()
+        links.send([("SUBSCRIBE", [channel])])
+        until(lambda: listens(channel), "and the first one again")
 
 
 def test_history_that_moves(fragile, tmp_path, pages, channel):

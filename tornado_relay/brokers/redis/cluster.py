@@ -284,8 +284,10 @@ class ClusterLinks:
     def _follow(self, names: list[str]) -> None:
         if _BEACON in names:
             raise redis.ConnectionError("the history's slot is at another server now")
-        self._topology.refresh()
         wanted = [name for name in names if name in self._places]
+        if not wanted:
+            return
+        self._topology.refresh()
         self._lost.update(self._sharded.intersection(wanted))
         self._sharded.difference_update(wanted)
         self._ask_shards(wanted)
@@ -306,7 +308,7 @@ class ClusterLinks:
             for those in (self._half, self._sharded, self._lost):
                 those.discard(name)
         for link, each in commands.items():
-            link.send(each)
+            link.send([*each, ("PING", [])])
 
     def _link(self, server: str) -> Link:
         if server not in self._links:
