@@ -2,7 +2,9 @@
 
 import itertools
 import re
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -18,7 +20,7 @@ from test_metrics import counted, named
 from tornado_relay.brokers.redis import url
 from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, TAG, parse, slot_of
 from tornado_relay.brokers.redis.listener import links_to
-from tornado_relay.errors import SettingsError
+from tornado_relay.errors import BrokerError, SettingsError
 from tornado_relay.publish import open_publisher
 
 
@@ -169,6 +171,30 @@ def test_history_that_moves(fragile, tmp_path, pages, channel):
         got(pages, back, "3")
         assert not resets(back)
     publisher.close()
+
+
+def test_history_is_used_from_the_first_event_on(group, tmp_path, channel):
+    """By all threads of a process, and by one whose first try was an error."""
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        until(lambda: "the history is at" in relay.log, "there is a history")
+        for _ in range(10):
+            with closing(open_publisher("redis", group.url)) as publisher, ThreadPoolExecutor(4) as threads:
+                together = threading.Barrier(4)
+
+                def publish(_, publisher=publisher, together=together):
+                    together.wait()
+                    publisher.publish(channel, "x")
+
+                assert len(list(threads.map(publish, range(4)))) == 4
+        keeper = group.owner(HISTORY_SLOT)
+        with closing(open_publisher("redis", group.url)) as publisher:
+            keeper.client.rename(f"{TAG}:history", f"{TAG}:away")
+            keeper.client.set(f"{TAG}:history", "of the wrong kind")
+            with pytest.raises(BrokerError):
+                publisher.publish(channel, "x")
+            keeper.client.rename(f"{TAG}:away", f"{TAG}:history")
+            publisher.publish(channel, "x")
+        assert keeper.client.xlen(f"{TAG}:events:{channel}") == 41
 
 
 def test_master_that_stands_still(fragile, tmp_path, pages, channel):
