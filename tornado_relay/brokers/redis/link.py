@@ -122,8 +122,8 @@ class Link:
         else:
             replies += [(REFUSED, name, str(error)) for name in names]
 
-    def _answered(self, reply: list[Any], replies: list[Any]) -> None:
-        if reply[0] == b"pong" or reply == b"PONG":  # the latter where no channel is left
+    def _answered(self, reply: list[Any] | bytes, replies: list[Any]) -> None:
+        if reply[0] == b"pong" or isinstance(reply, bytes):  # +PONG where no channel is left
             while self._sent.popleft()[0] != "PING":
                 pass
             return
