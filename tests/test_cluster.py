@@ -129,6 +129,23 @@ def test_slot_that_moves_is_told_to_its_channels_alone(group, tmp_path, pages, c
     publisher.close()
 
 
+def test_slot_moves_to_a_server_that_refuses_its_channel(group, tmp_path, pages, channel):
+    """Users are each server's own: streams are told, and those that come then are not let in."""
+    source = group.owner(slot_of(channel))
+    target = next(each for each in group.servers[:3] if each not in (source, group.owner(HISTORY_SLOT)))
+    for each in group.servers:
+        allowed = "&none" if each is target else "&*"
+        each.client.execute_command("ACL", "SETUSER", "uneven", "on", ">pw", "~*", "resetchannels", allowed, "+@all")
+    with Relay(tmp_path, "--workers", "1", REDIS_URL=group.url.replace("//", "//uneven:pw@")) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        source.client.execute_command("SPUBLISH", channel, "x")
+        got(pages, page, "x")
+        group.migrate(slot_of(channel), target)
+        pages.until(lambda: resets(page), "the stream is told")
+        (refused,) = pages.open(relay.port, [f"/channel={channel}"])
+        pages.until(lambda: refused.closed, "the next one is ended")
+
+
 def test_channel_is_dropped_just_when_its_slot_moves(group, channel):
     """The server tells the one in the words of the other, and answers that the slot has moved; the connection goes on."""
     source = group.owner(slot_of(channel))

@@ -200,8 +200,8 @@ class ClusterLinks:
         self.wait = self._poll.wait
         # The shard that each channel is asked for at.
         self._places: dict[str, Link] = {}
-        # Channels that one connection has confirmed and the other has not, and those that a shard has confirmed.
-        self._half: set[str] = set()
+        # Channels that the history's server has confirmed, and those that their shard has.
+        self._plain: set[str] = set()
         self._sharded: set[str] = set()
         # Channels that were lost by a server, until another one has confirmed them.
         self._lost: set[str] = set()
@@ -256,8 +256,10 @@ class ClusterLinks:
                 found += self._confirmed(kind, name)
             elif kind == MOVED:
                 moved.append(name)
+            elif kind == REFUSED and name in self._lost:
+                # There are streams on it, and they have to be told; that all are is rare enough.
+                raise redis.ConnectionError(f"{name} is refused by the server that has it now: {reply[2]}")
             elif kind == REFUSED:
-                self._half.discard(name)
                 found.append(reply)
         if moved:
             self._follow(moved)
@@ -270,16 +272,13 @@ class ClusterLinks:
 
     def _confirmed(self, kind: bytes, channel: bytes) -> list[Any]:
         name = channel.decode()
-        if kind == b"ssubscribe":
-            self._sharded.add(name)
-            if name in self._lost:
-                self._lost.discard(name)
-                return [(GAP, channel, "")]
-        if name in self._half:
-            self._half.discard(name)
-            return [(b"subscribe", channel, "")]
-        self._half.add(name)
-        return []
+        if name not in self._places:
+            return []  # it has been dropped since
+        (self._sharded if kind == b"ssubscribe" else self._plain).add(name)
+        if kind == b"ssubscribe" and name in self._lost:
+            self._lost.discard(name)
+            return [(GAP, channel, "")]
+        return [(b"subscribe", channel, "")] if name in self._plain and name in self._sharded else []
 
     def _follow(self, names: list[str]) -> None:
         if _BEACON in names:
@@ -305,7 +304,7 @@ class ClusterLinks:
         commands: dict[Link, list[Command]] = {}
         for name in names:
             commands.setdefault(self._places.pop(name), []).append(("SUNSUBSCRIBE", [name]))
-            for those in (self._half, self._sharded, self._lost):
+            for those in (self._plain, self._sharded, self._lost):
                 those.discard(name)
         for link, each in commands.items():
             link.send([*each, ("PING", [])])
