@@ -159,8 +159,10 @@ class Poll:
         now = time.monotonic()
         if not ready or now >= self._due:
             self._due = now + QUIET
-            for link in self._links.values():
-                link.probe()
+            waiting = {fd for fd, _ in ready}
+            for fd, link in self._links.items():
+                if fd not in waiting:  # what can be read may be the answer
+                    link.probe()
         return any(fd == wake for fd, _ in ready), [self._links[fd] for fd, _ in ready if fd != wake]
 
 
