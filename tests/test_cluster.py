@@ -1,13 +1,16 @@
 """Redis Cluster: events on their channel's shard, the history on one of them."""
 
+import itertools
 import re
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
 from pages import come_back, got, resets
 from programs import program
-from redis_group import NOTIFIED, Cluster, notify_in_django, running
+from redis_group import NOTIFIED, Cluster, Member, all_say, cluster, notify_in_django, port_with_bus, running
 from relay import Relay, run, watched
 from servers import old_redis_binary, until
 from storm import CHANNELS, drill
@@ -16,7 +19,8 @@ from test_metrics import counted, named
 
 from tornado_relay.brokers.redis import url
 from tornado_relay.brokers.redis.cluster import HISTORY_SLOT, TAG, parse, slot_of
-from tornado_relay.errors import SettingsError
+from tornado_relay.brokers.redis.listener import links_to
+from tornado_relay.errors import BrokerError, SettingsError
 from tornado_relay.publish import open_publisher
 
 
@@ -125,6 +129,48 @@ def test_slot_that_moves_is_told_to_its_channels_alone(group, tmp_path, pages, c
     publisher.close()
 
 
+def test_slot_moves_to_a_server_that_refuses_its_channel(group, tmp_path, pages, channel):
+    """Users are each server's own: streams are told, and those that come then are not let in."""
+    source = group.owner(slot_of(channel))
+    target = next(each for each in group.servers[:3] if each not in (source, group.owner(HISTORY_SLOT)))
+    for each in group.servers:
+        allowed = "&none" if each is target else "&*"
+        each.client.execute_command("ACL", "SETUSER", "uneven", "on", ">pw", "~*", "resetchannels", allowed, "+@all")
+    with Relay(tmp_path, "--workers", "1", REDIS_URL=group.url.replace("//", "//uneven:pw@")) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        source.client.execute_command("SPUBLISH", channel, "x")
+        got(pages, page, "x")
+        group.migrate(slot_of(channel), target)
+        pages.until(lambda: resets(page), "the stream is told")
+        (refused,) = pages.open(relay.port, [f"/channel={channel}"])
+        pages.until(lambda: refused.closed, "the next one is ended")
+
+
+def test_channel_is_dropped_just_when_its_slot_moves(group, channel):
+    """The server tells the one in the words of the other, and answers that the slot has moved; the connection goes on."""
+    source = group.owner(slot_of(channel))
+    names = (f"{channel}-{number}" for number in itertools.count())
+    other, third = itertools.islice((name for name in names if group.owner(slot_of(name)) is source), 2)
+    with closing(links_to(group.url, "test")) as links:
+        confirmed = set()
+
+        def listens(name):
+            for link in links.wait()[1]:
+                confirmed.update(name for kind, name, _ in links.checked(link.batch()[0]) if kind == b"subscribe")
+            return name.encode() in confirmed
+
+        links.send([("SUBSCRIBE", [channel])])
+        until(lambda: listens(channel), "it is listened to")
+        group.migrate(slot_of(channel), next(each for each in group.servers[:3] if each is not source))
+        links.send([("UNSUBSCRIBE", [channel]), ("SUBSCRIBE", [other])])
+        until(lambda: listens(other), "another one is listened to")
+        links.send([("UNSUBSCRIBE", [other]), ("SUBSCRIBE", [third])])
+        until(lambda: listens(third), "and one more")
+        confirmed.clear()
+        links.send([("SUBSCRIBE", [channel])])
+        until(lambda: listens(channel), "and the first one again")
+
+
 def test_history_that_moves(fragile, tmp_path, pages, channel):
     """With its slot, to another server: streams are told, and go on."""
     publisher = open_publisher("redis", fragile.url)
@@ -142,6 +188,30 @@ def test_history_that_moves(fragile, tmp_path, pages, channel):
         got(pages, back, "3")
         assert not resets(back)
     publisher.close()
+
+
+def test_history_is_used_from_the_first_event_on(group, tmp_path, channel):
+    """By all threads of a process, and by one whose first try was an error."""
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        until(lambda: "the history is at" in relay.log, "there is a history")
+        for _ in range(10):
+            with closing(open_publisher("redis", group.url)) as publisher, ThreadPoolExecutor(4) as threads:
+                together = threading.Barrier(4)
+
+                def publish(_, publisher=publisher, together=together):
+                    together.wait()
+                    publisher.publish(channel, "x")
+
+                assert len(list(threads.map(publish, range(4)))) == 4
+        keeper = group.owner(HISTORY_SLOT)
+        with closing(open_publisher("redis", group.url)) as publisher:
+            keeper.client.rename(f"{TAG}:history", f"{TAG}:away")
+            keeper.client.set(f"{TAG}:history", "of the wrong kind")
+            with pytest.raises(BrokerError):
+                publisher.publish(channel, "x")
+            keeper.client.rename(f"{TAG}:away", f"{TAG}:history")
+            publisher.publish(channel, "x")
+        assert keeper.client.xlen(f"{TAG}:events:{channel}") == 41
 
 
 def test_master_that_stands_still(fragile, tmp_path, pages, channel):
@@ -162,6 +232,50 @@ def test_master_that_stands_still(fragile, tmp_path, pages, channel):
         assert told["sse_relay_delivery_latency_seconds_count",] == 1
         until(lambda: named(relay.metrics(), "sse_relay_broker_probe_seconds").get("0"), "a probe")
     publisher.close()
+
+
+def test_master_that_is_cut_off_is_not_believed(home, tmp_path, pages, channel):
+    """It goes on taking events, and still names itself, when another one is elected: nobody stays with it."""
+    sides = []
+    try:
+        for side in ("minority", "majority"):
+            options = ("--cluster-enabled", "yes")
+            sides.append(
+                Member(home / f"{channel}-{side}", *options, port=port_with_bus(), binary=program("redis-server"))
+            )
+        minority, majority = sides
+        cluster(minority, "ADDSLOTSRANGE", 0, 16383)
+        until(all_say([minority], "cluster_state:ok"), "all is as it was")
+        address = f"redis+cluster://127.0.0.1:{minority.port},127.0.0.1:{majority.port}"
+        with (
+            closing(open_publisher("redis", address)) as publisher,
+            Relay(tmp_path, "--workers", "1", REDIS_URL=address) as relay,
+        ):
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            publisher.publish(channel, "before")
+            got(pages, page, "before")
+            # As it is behind a cut: its own slot is still its own, and it takes what is sent to that.
+            cluster(minority, "DELSLOTS", next(slot for slot in (0, 1) if slot != slot_of(channel)))
+            cluster(majority, "ADDSLOTSRANGE", 0, 16383)
+            until(all_say([minority], "cluster_state:fail"), "it knows that it is cut off")
+            until(all_say([majority], "cluster_state:ok"), "there is another one")
+
+            def heard():
+                publisher.publish(channel, "after")
+                pages.read(0.1)
+                return page.data[-1] == "after" and resets(page)
+
+            until(heard, "publisher and relay are at the other one", 30)
+            for number in range(10):
+                with closing(open_publisher("redis", address)) as another:
+                    another.publish(channel, str(number))
+            pages.until(lambda: page.data[-10:] == [*map(str, range(10))], "those that begin now are there too")
+            assert len(resets(page)) == 1
+            assert majority.listeners()
+            assert not minority.listeners()
+    finally:
+        for each in sides:
+            each.end()
 
 
 @pytest.mark.parametrize("history", ["0", "100"])

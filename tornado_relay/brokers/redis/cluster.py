@@ -15,8 +15,11 @@ depend on the bus between the servers.
 from __future__ import annotations
 
 import random
+import time
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 import redis
@@ -25,6 +28,7 @@ from redis.crc import key_slot
 from ...errors import SettingsError
 from . import hosts
 from .link import MOVED, REFUSED, Command, Link, Poll
+from .watch import ASK_SECONDS
 
 SCHEMES = ("redis+cluster", "rediss+cluster")
 EXAMPLE = "redis+cluster://user:password@host1:6379,host2:6379"
@@ -80,12 +84,16 @@ class Topology:
 
     def __init__(self, url: str, pool: Callable[[str], redis.ConnectionPool]) -> None:
         self._pool = pool
-        self._known = [f"{host}:{port}" for host, port in parse(url).addresses]
-        self._starts: list[int] = []
+        self._seeds = [f"{host}:{port}" for host, port in parse(url).addresses]
+        self._known = self._seeds
         self._ranges: list[tuple[int, int, str]] = []
 
     def refresh(self) -> None:
-        """Ask one of the servers, not the same each time; raise redis.ConnectionError if none answers."""
+        """
+        Ask one of the servers, not the same each time; raise redis.ConnectionError if none answers.
+
+        One that is cut off from most of the others does not count: it names what was, also when another one is elected.
+        """
         reasons = []
         for server in random.sample(self._known, len(self._known)):
             try:
@@ -94,17 +102,18 @@ class Topology:
                 reasons.append(str(exc))
                 continue
             self._ranges = sorted((start, end, names[0]) for (start, end), names in found.items())
-            self._starts = [start for start, _, _ in self._ranges]
-            self._known = list(dict.fromkeys([name for names in found.values() for name in names]))
+            # The URL's stay: a server that was cut off may have come to know itself alone.
+            self._known = list(dict.fromkeys([*(name for names in found.values() for name in names), *self._seeds]))
             return
         raise redis.ConnectionError(f"no server of the Cluster answers: {'; '.join(dict.fromkeys(reasons))}")
 
     def master(self, slot: int) -> str:
         """Return the master of ``slot``; raise redis.ConnectionError if it has none."""
-        place = bisect_right(self._starts, slot) - 1
-        if place < 0 or slot > self._ranges[place][1]:
+        ranges = self._ranges  # another thread may be at `refresh`
+        place = bisect_right(ranges, slot, key=itemgetter(0)) - 1
+        if place < 0 or slot > ranges[place][1]:
             raise redis.ConnectionError(f"no server of the Cluster has slot {slot}")
-        return self._ranges[place][2]
+        return ranges[place][2]
 
     def left(self, servers: list[str]) -> str:
         """Ask, and return why a reader is to leave ``servers``, the history's first; nothing if it is not."""
@@ -123,8 +132,13 @@ class Topology:
         pool = self._pool(server)
         # One that stands still must not hold up the next.
         pool.connection_kwargs.update(socket_connect_timeout=1, socket_timeout=1)
+        client: Any = redis.Redis(connection_pool=pool)
         try:
-            found = redis.Redis(connection_pool=pool).execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
+            found = client.execute_command("CLUSTER SLOTS")
+            # A server that may not be asked for it is believed.
+            with suppress(redis.exceptions.NoPermissionError):
+                if client.cluster("INFO")["cluster_state"] != "ok":
+                    raise redis.ConnectionError(f"to {server} the Cluster is down")
         finally:
             pool.disconnect()
         if not found:
@@ -138,27 +152,32 @@ class Topology:
 
 
 class Shards:
-    """A publisher's connections, a pool to each server."""
+    """
+    A publisher's connections, a pool to each server.
+
+    A master that was replaced may go on taking SPUBLISH, without an error, so where the slots are is asked for every
+    `ASK_SECONDS` of use.
+    """
 
     def __init__(self, url: str, pool: Callable[[str], redis.ConnectionPool]) -> None:
         self._topology = Topology(url, pool)
         self._pool = pool
         self._pools: dict[str, redis.ConnectionPool] = {}
-        self._stale = True
+        self._ask_at = 0.0
 
     def pool(self, slot: int) -> redis.ConnectionPool:
         """Return connections to the master of ``slot``; raise redis.ConnectionError if there is none."""
-        if self._stale:
+        if time.monotonic() >= self._ask_at:
             self._topology.refresh()
-            self._stale = False
+            self._ask_at = time.monotonic() + ASK_SECONDS
         server = self._topology.master(slot)
         if server not in self._pools:
-            self._pools[server] = self._pool(server)
+            self._pools.setdefault(server, self._pool(server))
         return self._pools[server]
 
     def look_again(self) -> None:
         """See where the slots are before the next command: they have moved, or a server is away."""
-        self._stale = True
+        self._ask_at = 0.0
 
     def close(self) -> None:
         """Close all connections."""
@@ -181,8 +200,8 @@ class ClusterLinks:
         self.wait = self._poll.wait
         # The shard that each channel is asked for at.
         self._places: dict[str, Link] = {}
-        # Channels that one connection has confirmed and the other has not, and those that a shard has confirmed.
-        self._half: set[str] = set()
+        # Channels that the history's server has confirmed, and those that their shard has.
+        self._plain: set[str] = set()
         self._sharded: set[str] = set()
         # Channels that were lost by a server, until another one has confirmed them.
         self._lost: set[str] = set()
@@ -237,8 +256,10 @@ class ClusterLinks:
                 found += self._confirmed(kind, name)
             elif kind == MOVED:
                 moved.append(name)
+            elif kind == REFUSED and name in self._lost:
+                # There are streams on it, and they have to be told; that all are is rare enough.
+                raise redis.ConnectionError(f"{name} is refused by the server that has it now: {reply[2]}")
             elif kind == REFUSED:
-                self._half.discard(name)
                 found.append(reply)
         if moved:
             self._follow(moved)
@@ -251,22 +272,21 @@ class ClusterLinks:
 
     def _confirmed(self, kind: bytes, channel: bytes) -> list[Any]:
         name = channel.decode()
-        if kind == b"ssubscribe":
-            self._sharded.add(name)
-            if name in self._lost:
-                self._lost.discard(name)
-                return [(GAP, channel, "")]
-        if name in self._half:
-            self._half.discard(name)
-            return [(b"subscribe", channel, "")]
-        self._half.add(name)
-        return []
+        if name not in self._places:
+            return []  # it has been dropped since
+        (self._sharded if kind == b"ssubscribe" else self._plain).add(name)
+        if kind == b"ssubscribe" and name in self._lost:
+            self._lost.discard(name)
+            return [(GAP, channel, "")]
+        return [(b"subscribe", channel, "")] if name in self._plain and name in self._sharded else []
 
     def _follow(self, names: list[str]) -> None:
         if _BEACON in names:
             raise redis.ConnectionError("the history's slot is at another server now")
-        self._topology.refresh()
         wanted = [name for name in names if name in self._places]
+        if not wanted:
+            return
+        self._topology.refresh()
         self._lost.update(self._sharded.intersection(wanted))
         self._sharded.difference_update(wanted)
         self._ask_shards(wanted)
@@ -284,10 +304,10 @@ class ClusterLinks:
         commands: dict[Link, list[Command]] = {}
         for name in names:
             commands.setdefault(self._places.pop(name), []).append(("SUNSUBSCRIBE", [name]))
-            for those in (self._half, self._sharded, self._lost):
+            for those in (self._plain, self._sharded, self._lost):
                 those.discard(name)
         for link, each in commands.items():
-            link.send(each)
+            link.send([*each, ("PING", [])])
 
     def _link(self, server: str) -> Link:
         if server not in self._links:

@@ -38,7 +38,8 @@ class Link:
         connection.read_response()
         self.latency: float | None = None
         """Seconds that the last PING took."""
-        # The commands that have no reply yet, each for one or more channels; Redis answers in order.
+        # The commands that have no reply yet, each for one or more channels; Redis answers in order. One of SUNSUBSCRIBE may
+        # come just when the channel's slot goes, which is told in the same words: such are over with the PING behind them.
         self._sent: deque[Command] = deque()
         # When something came last, or a PING was sent.
         self._heard = time.monotonic()
@@ -68,7 +69,7 @@ class Link:
         self.connection.disconnect()
 
     def send(self, commands: list[Command]) -> None:
-        """Send all of them in one go."""
+        """Send all of them in one go; a PING behind those that SUNSUBSCRIBE."""
         packed = self.connection.pack_commands([(command, *names) for command, names in commands])
         self.connection.send_packed_command(packed, check_health=False)
         self._sent.extend(commands)
@@ -110,6 +111,8 @@ class Link:
                 return replies, True
 
     def _failed(self, error: redis.ResponseError, replies: list[Any]) -> None:
+        if self._sent[0][0] == "SUNSUBSCRIBE":
+            return  # the slot was another server's already
         command, names = self._sent.popleft()
         if isinstance(error, redis.exceptions.MovedError):
             replies += [(MOVED, name, "") for name in names]
@@ -119,13 +122,15 @@ class Link:
         else:
             replies += [(REFUSED, name, str(error)) for name in names]
 
-    def _answered(self, reply: list[Any], replies: list[Any]) -> None:
-        if reply[0] == b"pong" or (self._sent and not self._sent[0][1]):
-            self._sent.popleft()
+    def _answered(self, reply: list[Any] | bytes, replies: list[Any]) -> None:
+        if reply[0] == b"pong" or isinstance(reply, bytes):  # +PONG where no channel is left
+            while self._sent.popleft()[0] != "PING":
+                pass
             return
         name = reply[1].decode()
-        if reply[0] == b"sunsubscribe" and not (self._sent and self._sent[0] == ("SUNSUBSCRIBE", [name])):
-            replies.append((MOVED, name, ""))  # the channel's slot is another server's now
+        if reply[0] == b"sunsubscribe":
+            # The channel's slot is another server's now, or nobody wants it any more.
+            replies.append((MOVED, name, ""))
             return
         replies.append(reply)
         if name == self._sent[0][1][-1]:
@@ -154,8 +159,10 @@ class Poll:
         now = time.monotonic()
         if not ready or now >= self._due:
             self._due = now + QUIET
-            for link in self._links.values():
-                link.probe()
+            waiting = {fd for fd, _ in ready}
+            for fd, link in self._links.items():
+                if fd not in waiting:  # what can be read may be the answer
+                    link.probe()
         return any(fd == wake for fd, _ in ready), [self._links[fd] for fd, _ in ready if fd != wake]
 
 

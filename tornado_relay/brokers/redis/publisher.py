@@ -47,13 +47,12 @@ class RedisPublisher:
         try:
             try:
                 if time.monotonic() >= self._look_at:
-                    self._look_at = time.monotonic() + _LOOK_SECONDS
-                    self._keeps = bool(self._run(self._keys.state, ("HGET", self._keys.state, "keep")))
+                    self._look()
                 if self._keeps or not self._publish_to_shard(channel, payload):
                     self._publish_by_script(channel, payload, own_id or "")
             except redis.exceptions.NoPermissionError:
                 # A user that may do no more than PUBLISH. The relay tells streams what no history keeps.
-                self._run(channel, ("PUBLISH", channel, payload))
+                self._run(self._keys.state, ("PUBLISH", channel, payload))
         except (redis.ConnectionError, redis.TimeoutError, *cluster.CHANGING) as exc:
             raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
         except redis.RedisError as exc:
@@ -87,6 +86,14 @@ class RedisPublisher:
         self._one.disconnect()
         if self._shards:
             self._shards.close()
+
+    def _look(self) -> None:
+        """See whether there is a history. Until that is known, no thread goes on without."""
+        try:
+            self._keeps = bool(self._run(self._keys.state, ("HGET", self._keys.state, "keep")))
+        except redis.exceptions.NoPermissionError:
+            self._keeps = False  # for a user that may not ask, as there would be no other answer the next time
+        self._look_at = time.monotonic() + _LOOK_SECONDS
 
     def _publish_by_script(self, channel: str, payload: str, own_id: str) -> None:
         keys = (self._keys.state, self._keys.spans, self._keys.events(channel), self._keys.own_ids(channel))
