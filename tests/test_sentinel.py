@@ -2,24 +2,27 @@
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import redis
 from outages import Proxy
 from pages import come_back, got, resets
-from redis_group import NOTIFIED, Sentinels, notify_in_django, running
+from redis_group import NOTIFIED, Member, Sentinels, answers, notify_in_django, running
 from relay import Relay, run, watched
-from servers import free_port, until
+from servers import PATIENCE, free_port, redis_binary, until
 from storm import drill
 from test_check import findings
 from test_metrics import counted, named
 
 from tornado_relay.brokers.redis import sentinel, url
 from tornado_relay.brokers.redis.watch import LEAVE_SECONDS
-from tornado_relay.errors import BrokerUnavailable, SettingsError
+from tornado_relay.errors import BrokerError, BrokerUnavailable, SettingsError
 from tornado_relay.publish import open_publisher
 
 
@@ -34,6 +37,28 @@ def steady(home):
     """A group whose master stays."""
     with running(Sentinels, home / "steady") as group:
         yield group
+
+
+class Interrupted(Exception):
+    """What a task's time limit raises."""
+
+
+@contextmanager
+def lonely(folder, master, *lines):
+    """A Sentinel that knows no other, of a master on a port; yields its own port."""
+    port = free_port()
+    file = folder / "lonely.conf"
+    file.write_text(
+        "\n".join([f"port {port}", "bind 127.0.0.1", f"sentinel monitor mymaster 127.0.0.1 {master} 2", *lines])
+    )
+    process = subprocess.Popen([redis_binary(), file, "--sentinel"], stdout=subprocess.DEVNULL)
+    try:
+        with redis.Redis(port=port) as client:
+            until(lambda: answers(client), "the Sentinel answers")
+        yield port
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
 
 
 def moved(group, old):
@@ -159,6 +184,42 @@ def test_server_that_no_sentinel_knows_to_be_a_replica(group):
     old.client.replicaof("127.0.0.1", group.other(old).port)
     with pytest.raises(redis.ConnectionError, match="is a slave, and no Sentinel says so yet"):
         url.connection(group.url, "x").connect()
+
+
+@pytest.mark.parametrize(("command", "error"), [(b"ROLE", BrokerUnavailable), (b"EVALSHA", Interrupted)])
+def test_late_reply_is_not_that_to_the_next_event(home, channel, command, error):
+    """One is waited for too long, or until a task's time limit; the event after that is refused."""
+
+    def interrupt(*_):
+        raise Interrupted
+
+    def interrupt_once_held():
+        proxy.holds.wait(PATIENCE)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def thaw_once_sent(before):
+        until(lambda: proxy.forwarded > before, "the next command")
+        proxy.thaw()
+
+    handler = signal.signal(signal.SIGUSR1, interrupt)
+    folder = home / f"late-{channel}"
+    server = Member(folder)
+    with Proxy(server.port, slow=command) as proxy, lonely(folder, proxy.port) as port:
+        server.client.acl_setuser(
+            "mute", enabled=True, nopass=True, keys="*", channels="*", commands=["+@all", "-publish"]
+        )
+        publisher = open_publisher("redis", f"redis+sentinel://mute:x@127.0.0.1:{port}/mymaster?socket_timeout=2")
+        proxy.freeze()
+        if error is Interrupted:
+            threading.Thread(target=interrupt_once_held).start()
+        with pytest.raises(error):
+            publisher.publish(channel, "x")
+        threading.Thread(target=thaw_once_sent, args=(proxy.forwarded,)).start()
+        with pytest.raises(BrokerError, match=r"can't run|permissions"):
+            publisher.publish(channel, "y")
+        publisher.close()
+    signal.signal(signal.SIGUSR1, handler)
+    server.end()
 
 
 @pytest.mark.parametrize("own_id", ["", "mine"])

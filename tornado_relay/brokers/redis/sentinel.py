@@ -50,9 +50,16 @@ class MasterConnection(redis.sentinel.SentinelManagedConnection):
             role = self.read_response(disable_decoding=True)[0]
         except redis.exceptions.NoPermissionError:
             return  # a server that may not be asked is taken at the Sentinels' word
+        except redis.RedisError:
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise
         if role != b"master":
             self.disconnect()  # type: ignore[no-untyped-call]
             raise redis.ConnectionError(f"{address[0]}:{address[1]} is a {role.decode()}, and no Sentinel says so yet")
+
+    def read_response(self, *arguments: Any, **options: Any) -> Any:
+        """Read a reply, or else disconnect: one that comes late would be taken for that to the next command."""
+        return super().read_response(*arguments, **{"disconnect_on_error": True, **options})
 
 
 class MasterTLSConnection(MasterConnection, redis.SSLConnection):
