@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def lonely(folder, master, *lines):
+def lonely(folder, master, *lines, password=None):
     """A Sentinel that knows no other, of a master on a port; yields its own port."""
     port = free_port()
     file = folder / "lonely.conf"
@@ -53,7 +53,7 @@ def lonely(folder, master, *lines):
     )
     process = subprocess.Popen([redis_binary(), file, "--sentinel"], stdout=subprocess.DEVNULL)
     try:
-        with redis.Redis(port=port) as client:
+        with redis.Redis(port=port, password=password) as client:
             until(lambda: answers(client), "the Sentinel answers")
         yield port
     finally:
@@ -130,6 +130,29 @@ def test_master_that_was_replaced_and_goes_on(group, tmp_path, pages, channel):
         assert page.data[0] == "before"
         assert page.data.index("old") < page.data.index("new")
     publisher.close()
+
+
+def test_sentinel_that_is_cut_off_is_not_believed(group, tmp_path, pages, channel):
+    """It hears none of the others, is the first of the URL, and still names the old master."""
+    for server in group.servers:
+        server.client.acl_setuser("lonely", enabled=True, nopass=True, keys="*", channels="none", commands=["+@all"])
+    old = group.master()
+    lines = (f"requirepass {group.sentinel_password}", "sentinel auth-user mymaster lonely")
+    lines += ("sentinel auth-pass mymaster x",)
+    with lonely(tmp_path, old.port, *lines, password=group.sentinel_password) as port:
+        address = group.url.replace("@", f"@127.0.0.1:{port},")
+        publisher = open_publisher("redis", address)
+        with Relay(tmp_path, "--workers", "1", REDIS_URL=address) as relay:
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            publisher.publish(channel, "before")
+            got(pages, page, "before")
+            group.shut_sentinels_out(old)
+            moved(group, old)
+            listening(group, 1)
+            pages.until(lambda: resets(page), "the stream is told")
+            publisher.publish(channel, "new")
+            got(pages, page, "before", "new")
+        publisher.close()
 
 
 def test_publisher_leaves_a_replaced_master_before_listeners_do(group, tmp_path, pages, channel):

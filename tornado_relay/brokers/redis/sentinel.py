@@ -32,7 +32,7 @@ EXAMPLE = "redis+sentinel://user:password@host1:26379,host2:26379/mymaster/0"
 PORT = 26379
 """Where a Sentinel listens that has no port in the URL."""
 
-# How soon they are asked again where none answers: the master that is known is used on, and asking takes time.
+# How soon one that kept us waiting is asked again, and all where none answers: the master that is known is used on.
 _ASK_AGAIN_SECONDS = 10.0
 
 # A Sentinel that does not answer must not hold up the next one.
@@ -73,36 +73,48 @@ class Sentinels(redis.sentinel.Sentinel):
         group = parse(url)
         super().__init__(group.sentinels.addresses, sentinel_kwargs={**_OPTIONS, **group.options})  # type: ignore[no-untyped-call]
         self.master_name = group.name
+        # When each is asked again.
+        self._ask_at = dict.fromkeys(self.sentinels, 0.0)
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         """
-        Return host and port of the master.
+        Return host and port of the master, as the one has it that knows of the last election.
+
+        A Sentinel that is cut off goes on naming the old master. So more than half of them are asked, as far as they answer,
+        and the highest ``config-epoch`` wins.
 
         Raises:
             redis.ResponseError: If every Sentinel says what asking again cannot mend: a password or name that is wrong.
-            redis.sentinel.MasterNotFoundError: If one says that the master is down, as before each fail-over.
+            redis.sentinel.MasterNotFoundError: If they say that the master is down, as before each fail-over.
             redis.ConnectionError: If none answers. No error shows a password.
 
         """
-        reasons, for_good, is_down = [], True, False
-        for number, sentinel in enumerate(self.sentinels):
+        reasons, for_good = [], True
+        states: list[tuple[int, bool, str, int]] = []
+        # Those that kept us waiting are the last.
+        for sentinel in sorted(self.sentinels, key=self._ask_at.__getitem__):
+            enough = 2 * len(states) > len(self.sentinels) or self._ask_at[sentinel] > time.monotonic()
+            if enough and states and max(states)[1]:
+                break
             try:
                 masters: Any = sentinel.sentinel_masters()
             except redis.RedisError as exc:
                 reasons.append(str(exc))
                 for_good &= isinstance(exc, (redis.AuthenticationError, redis.ResponseError))
+                if isinstance(exc, redis.TimeoutError):
+                    self._ask_at[sentinel] = time.monotonic() + _ASK_AGAIN_SECONDS
                 continue
-            state = masters.get(service_name)
-            if state:
-                # The one that answers is asked first the next time.
-                self.sentinels[0], self.sentinels[number] = sentinel, self.sentinels[0]
-                if self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
-                    return state["ip"], state["port"]
-                for_good, is_down = False, True
-            known = ", ".join(map(repr, masters)) or "none"
-            reasons.append(f"{service_name!r} is down" if state else f"known to a Sentinel is {known}")
-        unknown = redis.sentinel.MasterNotFoundError if is_down else redis.ConnectionError
-        raise (redis.ResponseError if for_good else unknown)(
+            if state := masters.get(service_name):
+                is_up = self.check_master_state(state, service_name)  # type: ignore[no-untyped-call]
+                states.append((state.get("config-epoch", 0), is_up, state["ip"], state["port"]))
+            else:
+                reasons.append(f"known to a Sentinel is {', '.join(map(repr, masters)) or 'none'}")
+        if states:
+            _, is_up, host, port = max(states)
+            if is_up:
+                return host, port
+            raise redis.sentinel.MasterNotFoundError(f"the Sentinels say that {service_name!r} is down")
+        raise (redis.ResponseError if for_good else redis.ConnectionError)(
             f"no Sentinel names a master for {service_name!r}: {'; '.join(dict.fromkeys(reasons))}"
         )
 
