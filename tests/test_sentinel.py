@@ -278,20 +278,21 @@ def test_event_that_was_not_handed_on_is_told_to_who_comes_back(group, tmp_path,
     publisher.close()
 
 
-def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel):
-    """The master that is known is used on."""
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
+def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel, way):
+    """The master that is known is used on, also on new connections."""
     publisher = open_publisher("redis", group.url)
     with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         publisher.publish(channel, "0")
         for process in group.processes:
-            process.kill()
-            process.wait()
+            process.send_signal(way)
         end = time.monotonic() + 2 * LEAVE_SECONDS + 1
         number = 0
         while time.monotonic() < end:
             number += 1
             publisher.publish(channel, str(number))
+            publisher.close()
             pages.read(0.1)
         pages.until(lambda: len(page.data) == number + 1, "all events")
         assert not resets(page)

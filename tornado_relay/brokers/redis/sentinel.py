@@ -14,6 +14,7 @@ it then is lost. So publishers leave it first, and readers, who hear it until th
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -32,7 +33,7 @@ EXAMPLE = "redis+sentinel://user:password@host1:26379,host2:26379/mymaster/0"
 PORT = 26379
 """Where a Sentinel listens that has no port in the URL."""
 
-# How soon one that kept us waiting is asked again, and all where none answers: the master that is known is used on.
+# How soon one that kept us waiting is asked again, where there is another one or a master that was named before.
 _ASK_AGAIN_SECONDS = 10.0
 
 # A Sentinel that does not answer must not hold up the next one.
@@ -75,8 +76,29 @@ class Sentinels(redis.sentinel.Sentinel):
         self.master_name = group.name
         # When each is asked again.
         self._ask_at = dict.fromkeys(self.sentinels, 0.0)
+        # The master that was named last.
+        self._last: tuple[str, int] | None = None
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
+        """
+        Return what `ask` does, or where no Sentinel answers the master that was named last.
+
+        That one says itself whether it is one still, if it can be reached: see `MasterConnection`.
+
+        Raises:
+            redis.RedisError: As `ask` does, where none was named before.
+
+        """
+        try:
+            self._last = self.ask(service_name)
+        except (redis.ResponseError, redis.sentinel.MasterNotFoundError):
+            raise
+        except redis.ConnectionError:
+            if not self._last:
+                raise
+        return self._last
+
+    def ask(self, service_name: str) -> tuple[str, int]:
         """
         Return host and port of the master, as the one has it that knows of the last election.
 
@@ -93,8 +115,9 @@ class Sentinels(redis.sentinel.Sentinel):
         states: list[tuple[int, bool, str, int]] = []
         # Those that kept us waiting are the last.
         for sentinel in sorted(self.sentinels, key=self._ask_at.__getitem__):
-            enough = 2 * len(states) > len(self.sentinels) or self._ask_at[sentinel] > time.monotonic()
-            if enough and states and max(states)[1]:
+            is_silent = self._ask_at[sentinel] > time.monotonic()
+            enough = max(states)[1] if states else self._last
+            if enough and (is_silent or 2 * len(states) > len(self.sentinels)):
                 break
             try:
                 masters: Any = sentinel.sentinel_masters()
@@ -114,13 +137,13 @@ class Sentinels(redis.sentinel.Sentinel):
             if is_up:
                 return host, port
             raise redis.sentinel.MasterNotFoundError(f"the Sentinels say that {service_name!r} is down")
-        raise (redis.ResponseError if for_good else redis.ConnectionError)(
+        raise (redis.ResponseError if reasons and for_good else redis.ConnectionError)(
             f"no Sentinel names a master for {service_name!r}: {'; '.join(dict.fromkeys(reasons))}"
         )
 
     def left(self, servers: list[str]) -> str:
         """Ask, and return why a reader is to leave the one of ``servers``; nothing if it is not."""
-        host, port = self.discover_master(self.master_name)
+        host, port = self.ask(self.master_name)
         return f"the master is {host}:{port} now" if servers not in ([], [f"{host}:{port}"]) else ""
 
 
@@ -136,14 +159,10 @@ class MasterPool(redis.sentinel.SentinelConnectionPool):
     def get_connection(self, *_: Any, **__: Any) -> Any:
         """Return a connection to the server that is the master now, as far as a Sentinel can be asked."""
         if time.monotonic() >= self._ask_at:
-            pause = ASK_SECONDS
-            try:
+            # Before they are asked: the other threads go on meanwhile.
+            self._ask_at = time.monotonic() + ASK_SECONDS
+            with suppress(redis.RedisError):
                 self.get_master_address()  # type: ignore[no-untyped-call]
-            except redis.sentinel.MasterNotFoundError:
-                pass  # there will be another one in a moment, and it is to be found before readers leave this one
-            except redis.RedisError:
-                pause = _ASK_AGAIN_SECONDS
-            self._ask_at = time.monotonic() + pause
         return super().get_connection()
 
 
