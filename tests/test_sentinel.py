@@ -278,6 +278,25 @@ def test_event_that_was_not_handed_on_is_told_to_who_comes_back(group, tmp_path,
     publisher.close()
 
 
+def test_master_that_is_elected_again_begins_anew(group, tmp_path, pages, channel):
+    """No event came while the other one was it: what it had taken and not handed on is told all the same."""
+    publisher = open_publisher("redis", group.url)
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        publisher.publish(channel, '{"data":"1"}')
+        got(pages, page, "1")
+    for _ in range(2):
+        old = group.master()
+        group.fail_over()
+        moved(group, old)
+        until(old.follows, "it follows", 40)
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        back = come_back(pages, relay, channel, page.events[0].id)
+        pages.until(lambda: back.events, "an answer")
+        assert resets(back) == [{"reason": "unknown-id", "channels": [channel]}]
+    publisher.close()
+
+
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
 def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel, way):
     """The master that is known is used on, also on new connections."""

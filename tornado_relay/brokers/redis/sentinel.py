@@ -74,6 +74,8 @@ class Sentinels(redis.sentinel.Sentinel):
         group = parse(url)
         super().__init__(group.sentinels.addresses, sentinel_kwargs={**_OPTIONS, **group.options})  # type: ignore[no-untyped-call]
         self.master_name = group.name
+        self.epoch = 0
+        """Which election made the master one: a server that becomes it again is not what it was."""
         # When each is asked again.
         self._ask_at = dict.fromkeys(self.sentinels, 0.0)
         # The master that was named last.
@@ -133,7 +135,7 @@ class Sentinels(redis.sentinel.Sentinel):
             else:
                 reasons.append(f"known to a Sentinel is {', '.join(map(repr, masters)) or 'none'}")
         if states:
-            _, is_up, host, port = max(states)
+            self.epoch, is_up, host, port = max(states)
             if is_up:
                 return host, port
             raise redis.sentinel.MasterNotFoundError(f"the Sentinels say that {service_name!r} is down")
@@ -144,7 +146,7 @@ class Sentinels(redis.sentinel.Sentinel):
     def left(self, servers: list[str]) -> str:
         """Ask, and return why a reader is to leave the one of ``servers``; nothing if it is not."""
         host, port = self.ask(self.master_name)
-        return f"the master is {host}:{port} now" if servers not in ([], [f"{host}:{port}"]) else ""
+        return f"the master is {host}:{port} now" if servers not in ([], [f"{host}:{port}/{self.epoch}"]) else ""
 
 
 class MasterPool(redis.sentinel.SentinelConnectionPool):

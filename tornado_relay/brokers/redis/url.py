@@ -44,7 +44,7 @@ def pool(url: str, client_name: str, server: str = "") -> redis.ConnectionPool:
             f"REDIS_URL cannot be read; give {example}, with special characters of the password percent-encoded"
         ) from None
     if server:
-        host, _, port = server.rpartition(":")
+        host, _, port = server.partition("/")[0].rpartition(":")
         made.connection_kwargs.update(host=host, port=int(port))
     elif sentinel.is_sentinel(url):
         for_all = {key: value for key, value in made.connection_kwargs.items() if key not in ("host", "port")}
@@ -89,8 +89,16 @@ def prefix(url: str) -> str:
 
 
 def server_of(url: str, connected: Any) -> str:
-    """Return which server of a group a connection leads to, as ``host:port``; nothing where ``url`` names one server."""
-    return f"{connected.host}:{connected.port}" if sentinel.is_sentinel(url) or cluster.is_cluster(url) else ""
+    """
+    Return which server of a group a connection leads to, as ``host:port``; nothing where ``url`` names one server.
+
+    A master has ``/epoch`` behind it, which each election raises: when it is elected again, it has lost what the one
+    before it took and what it had not handed on itself, and is another one to the history.
+    """
+    server = f"{connected.host}:{connected.port}"
+    if sentinel.is_sentinel(url):
+        return f"{server}/{connected.connection_pool.sentinel_manager.epoch}"
+    return server if cluster.is_cluster(url) else ""
 
 
 def shown(url: str) -> str:
