@@ -437,3 +437,10 @@ def test_url_that_names_no_group(text):
     """The error shows one that does."""
     with pytest.raises(SettingsError, match=r"redis\+sentinel://user:password@host1:26379"):
         url.connection(text, "x")
+
+
+@pytest.mark.parametrize("text", ["redis+sentinel://[x]:1/m", "redis+sentinel://u:p?x@a:1/m", "redis+cluster://[x]:1"])
+def test_url_that_cannot_be_read(text):
+    """The error shows one that can, and nothing of a password."""
+    with pytest.raises(SettingsError, match=r"^REDIS_URL cannot be read; give redis\+[a-z]+://user:password@host1"):
+        url.connection(text, "x")
