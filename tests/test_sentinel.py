@@ -13,6 +13,7 @@ import pytest
 import redis
 from outages import Proxy
 from pages import come_back, got, resets
+from programs import program
 from redis_group import NOTIFIED, Member, Sentinels, answers, notify_in_django, running
 from relay import Relay, run, watched
 from servers import PATIENCE, free_port, redis_binary, until
@@ -397,6 +398,47 @@ def test_relay_waits_for_sentinels(steady, tmp_path, pages, channel):
             got(pages, page, "x")
 
 
+def test_tls_to_sentinels_and_servers(certificate, tmp_path, pages, channel):
+    """Neither takes anything else; what the URL says of it is for both."""
+    files = [f"tls-{name} {certificate}/{file}" for name, file in (("cert-file", "pem"), ("key-file", "key"))]
+    files += [f"tls-ca-cert-file {certificate}/pem", "tls-auth-clients no"]
+    port, sentinel_port = free_port(), free_port()
+    configured = {
+        "server": [f"tls-port {port}", 'save ""'],
+        "sentinel": [
+            f"tls-port {sentinel_port}",
+            "tls-replication yes",
+            f"sentinel monitor mymaster 127.0.0.1 {port} 1",
+        ],
+    }
+    processes = []
+    try:
+        for name, lines in configured.items():
+            file = tmp_path / f"{name}.conf"
+            file.write_text("\n".join(["port 0", "bind 127.0.0.1", f"dir {tmp_path}", *files, *lines]))
+            command = [program("redis-server"), file, *(["--sentinel"] if name == "sentinel" else [])]
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        options = f"ssl_ca_certs={certificate}/pem&ssl_min_version=771&ssl_check_hostname=true"
+        address = f"rediss+sentinel://127.0.0.1:{sentinel_port}/mymaster?{options}"
+        publisher = open_publisher("redis", address)
+        until(lambda: published(publisher, channel, "x"), "the master")
+        with Relay(tmp_path, "--workers", "1", REDIS_URL=address) as relay:
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            publisher.publish(channel, "x")
+            got(pages, page, "x")
+        publisher.close()
+        stranger = open_publisher("redis", address.replace("127.0.0.1", "localhost"))
+        with pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            stranger.publish(channel, "x")
+        open_publisher("redis", address.replace("127.0.0.1", "localhost").replace("=true", "=false")).publish(
+            channel, "x"
+        )
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(PATIENCE)
+
+
 def test_notify_in_django(steady, tmp_path, pages, channel):
     """At the commit, to the master, from a process and those that it forks."""
     with Relay(tmp_path, "--workers", "1", **steady.environment) as relay:
@@ -419,8 +461,13 @@ def test_notify_in_django(steady, tmp_path, pages, channel):
             ),
         ),
         (
-            "rediss+sentinel://a/m?ssl_cert_reqs=none",
-            ([("a", 26379)], "m", {"ssl": True, "ssl_cert_reqs": "none"}, "rediss://localhost/?ssl_cert_reqs=none"),
+            "rediss+sentinel://a/m?ssl_cert_reqs=none&ssl_min_version=771&ssl_check_hostname=false",
+            (
+                [("a", 26379)],
+                "m",
+                {"ssl": True, "ssl_cert_reqs": "none", "ssl_min_version": 771, "ssl_check_hostname": False},
+                "rediss://localhost/?ssl_cert_reqs=none&ssl_min_version=771&ssl_check_hostname=false",
+            ),
         ),
     ],
 )
@@ -444,3 +491,10 @@ def test_url_that_cannot_be_read(text):
     """The error shows one that can, and nothing of a password."""
     with pytest.raises(SettingsError, match=r"^REDIS_URL cannot be read; give redis\+[a-z]+://user:password@host1"):
         url.connection(text, "x")
+
+
+@pytest.mark.parametrize("text", ["rediss+sentinel://a/m?ssl_none=1", "redis+sentinel://a/m?none=1"])
+def test_option_that_there_is_none_of(text):
+    """The error names it."""
+    with pytest.raises(SettingsError, match="REDIS_URL has an option that cannot be used: .*none"):
+        url.pool(text, "x")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import redis
+import redis.connection
 import redis.sentinel
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -190,6 +191,7 @@ def parse(url: str) -> Group:
 
     Raises:
         SettingsError: If it names no group.
+        ValueError: If redis-py cannot read it.
 
     """
     parts = hosts.split(url, PORT)
@@ -205,6 +207,9 @@ def parse(url: str) -> Group:
             options[key.removeprefix("sentinel_")] = value
         else:
             for_servers.append((key, value))
-            if key.startswith("ssl_") and parts.tls:
-                options[key] = value
-    return Group(parts, unquote(name), options, parts.url(database, for_servers))
+    servers = parts.url(database, for_servers)
+    if parts.tls:
+        # As redis-py reads them: some are numbers, or yes and no.
+        read = redis.connection.parse_url(servers)  # type: ignore[no-untyped-call]
+        options.update((key, value) for key, value in read.items() if key.startswith("ssl_"))
+    return Group(parts, unquote(name), options, servers)

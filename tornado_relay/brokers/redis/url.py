@@ -44,13 +44,13 @@ def pool(url: str, client_name: str, server: str = "") -> redis.ConnectionPool:
         raise SettingsError(
             f"REDIS_URL cannot be read; give {_example(url)}, with special characters of the password percent-encoded"
         ) from None
+    _connection(made, {})
     if server:
         host, _, port = server.partition("/")[0].rpartition(":")
         made.connection_kwargs.update(host=host, port=int(port))
     elif sentinel.is_sentinel(url):
         for_all = {key: value for key, value in made.connection_kwargs.items() if key not in ("host", "port")}
         made = sentinel.MasterPool(url, **for_all)
-    _connection(made, {})
     return made
 
 
