@@ -160,7 +160,13 @@ class Sentinels:
 
     def fail_over(self):
         """As an operator does."""
-        until(lambda: self.sentinel.execute_command("SENTINEL", "FAILOVER", "mymaster"), "a fail-over begins")
+
+        def begins():
+            # It refuses as long as it does not know that the replica is a good one, or that the last one is over.
+            with suppress(redis.ResponseError):
+                return self.sentinel.execute_command("SENTINEL", "FAILOVER", "mymaster")
+
+        until(begins, "a fail-over begins", 40)
 
     def publish(self, channel, payload):
         self.master().client.publish(channel, payload)

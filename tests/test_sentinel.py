@@ -2,24 +2,28 @@
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import redis
 from outages import Proxy
 from pages import come_back, got, resets
-from redis_group import NOTIFIED, Sentinels, notify_in_django, running
+from programs import program
+from redis_group import NOTIFIED, Member, Sentinels, answers, notify_in_django, running
 from relay import Relay, run, watched
-from servers import free_port, until
+from servers import PATIENCE, free_port, redis_binary, until
 from storm import drill
 from test_check import findings
 from test_metrics import counted, named
 
 from tornado_relay.brokers.redis import sentinel, url
 from tornado_relay.brokers.redis.watch import LEAVE_SECONDS
-from tornado_relay.errors import BrokerUnavailable, SettingsError
+from tornado_relay.errors import BrokerError, BrokerUnavailable, SettingsError
 from tornado_relay.publish import open_publisher
 
 
@@ -34,6 +38,28 @@ def steady(home):
     """A group whose master stays."""
     with running(Sentinels, home / "steady") as group:
         yield group
+
+
+class Interrupted(Exception):
+    """What a task's time limit raises."""
+
+
+@contextmanager
+def lonely(folder, master, *lines, password=None):
+    """A Sentinel that knows no other, of a master on a port; yields its own port."""
+    port = free_port()
+    file = folder / "lonely.conf"
+    file.write_text(
+        "\n".join([f"port {port}", "bind 127.0.0.1", f"sentinel monitor mymaster 127.0.0.1 {master} 2", *lines])
+    )
+    process = subprocess.Popen([redis_binary(), file, "--sentinel"], stdout=subprocess.DEVNULL)
+    try:
+        with redis.Redis(port=port, password=password) as client:
+            until(lambda: answers(client), "the Sentinel answers")
+        yield port
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
 
 
 def moved(group, old):
@@ -107,6 +133,29 @@ def test_master_that_was_replaced_and_goes_on(group, tmp_path, pages, channel):
     publisher.close()
 
 
+def test_sentinel_that_is_cut_off_is_not_believed(group, tmp_path, pages, channel):
+    """It hears none of the others, is the first of the URL, and still names the old master."""
+    for server in group.servers:
+        server.client.acl_setuser("lonely", enabled=True, nopass=True, keys="*", channels="none", commands=["+@all"])
+    old = group.master()
+    lines = (f"requirepass {group.sentinel_password}", "sentinel auth-user mymaster lonely")
+    lines += ("sentinel auth-pass mymaster x",)
+    with lonely(tmp_path, old.port, *lines, password=group.sentinel_password) as port:
+        address = group.url.replace("@", f"@127.0.0.1:{port},")
+        publisher = open_publisher("redis", address)
+        with Relay(tmp_path, "--workers", "1", REDIS_URL=address) as relay:
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            publisher.publish(channel, "before")
+            got(pages, page, "before")
+            group.shut_sentinels_out(old)
+            moved(group, old)
+            listening(group, 1)
+            pages.until(lambda: resets(page), "the stream is told")
+            publisher.publish(channel, "new")
+            got(pages, page, "before", "new")
+        publisher.close()
+
+
 def test_publisher_leaves_a_replaced_master_before_listeners_do(group, tmp_path, pages, channel):
     """What it sends meanwhile is heard, on one server or the other."""
     publisher = open_publisher("redis", group.url)
@@ -161,6 +210,42 @@ def test_server_that_no_sentinel_knows_to_be_a_replica(group):
         url.connection(group.url, "x").connect()
 
 
+@pytest.mark.parametrize(("command", "error"), [(b"ROLE", BrokerUnavailable), (b"EVALSHA", Interrupted)])
+def test_late_reply_is_not_that_to_the_next_event(home, channel, command, error):
+    """One is waited for too long, or until a task's time limit; the event after that is refused."""
+
+    def interrupt(*_):
+        raise Interrupted
+
+    def interrupt_once_held():
+        proxy.holds.wait(PATIENCE)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def thaw_once_sent(before):
+        until(lambda: proxy.forwarded > before, "the next command")
+        proxy.thaw()
+
+    handler = signal.signal(signal.SIGUSR1, interrupt)
+    folder = home / f"late-{channel}"
+    server = Member(folder)
+    with Proxy(server.port, slow=command) as proxy, lonely(folder, proxy.port) as port:
+        server.client.acl_setuser(
+            "mute", enabled=True, nopass=True, keys="*", channels="*", commands=["+@all", "-publish"]
+        )
+        publisher = open_publisher("redis", f"redis+sentinel://mute:x@127.0.0.1:{port}/mymaster?socket_timeout=2")
+        proxy.freeze()
+        if error is Interrupted:
+            threading.Thread(target=interrupt_once_held).start()
+        with pytest.raises(error):
+            publisher.publish(channel, "x")
+        threading.Thread(target=thaw_once_sent, args=(proxy.forwarded,)).start()
+        with pytest.raises(BrokerError, match=r"can't run|permissions"):
+            publisher.publish(channel, "y")
+        publisher.close()
+    signal.signal(signal.SIGUSR1, handler)
+    server.end()
+
+
 @pytest.mark.parametrize("own_id", ["", "mine"])
 def test_event_that_was_not_handed_on_is_told_to_who_comes_back(group, tmp_path, pages, channel, own_id):
     """The master took it and died; the page, and the relay, had only heard those before it."""
@@ -194,20 +279,40 @@ def test_event_that_was_not_handed_on_is_told_to_who_comes_back(group, tmp_path,
     publisher.close()
 
 
-def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel):
-    """The master that is known is used on."""
+def test_master_that_is_elected_again_begins_anew(group, tmp_path, pages, channel):
+    """No event came while the other one was it: what it had taken and not handed on is told all the same."""
+    publisher = open_publisher("redis", group.url)
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        publisher.publish(channel, '{"data":"1"}')
+        got(pages, page, "1")
+    for _ in range(2):
+        old = group.master()
+        group.fail_over()
+        moved(group, old)
+        until(old.follows, "it follows", 40)
+    with Relay(tmp_path, "--workers", "1", "--history", "100", **group.environment) as relay:
+        back = come_back(pages, relay, channel, page.events[0].id)
+        pages.until(lambda: back.events, "an answer")
+        assert resets(back) == [{"reason": "unknown-id", "channels": [channel]}]
+    publisher.close()
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
+def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel, way):
+    """The master that is known is used on, also on new connections."""
     publisher = open_publisher("redis", group.url)
     with Relay(tmp_path, "--workers", "1", **group.environment) as relay:
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         publisher.publish(channel, "0")
         for process in group.processes:
-            process.kill()
-            process.wait()
+            process.send_signal(way)
         end = time.monotonic() + 2 * LEAVE_SECONDS + 1
         number = 0
         while time.monotonic() < end:
             number += 1
             publisher.publish(channel, str(number))
+            publisher.close()
             pages.read(0.1)
         pages.until(lambda: len(page.data) == number + 1, "all events")
         assert not resets(page)
@@ -293,6 +398,47 @@ def test_relay_waits_for_sentinels(steady, tmp_path, pages, channel):
             got(pages, page, "x")
 
 
+def test_tls_to_sentinels_and_servers(certificate, tmp_path, pages, channel):
+    """Neither takes anything else; what the URL says of it is for both."""
+    files = [f"tls-{name} {certificate}/{file}" for name, file in (("cert-file", "pem"), ("key-file", "key"))]
+    files += [f"tls-ca-cert-file {certificate}/pem", "tls-auth-clients no"]
+    port, sentinel_port = free_port(), free_port()
+    configured = {
+        "server": [f"tls-port {port}", 'save ""'],
+        "sentinel": [
+            f"tls-port {sentinel_port}",
+            "tls-replication yes",
+            f"sentinel monitor mymaster 127.0.0.1 {port} 1",
+        ],
+    }
+    processes = []
+    try:
+        for name, lines in configured.items():
+            file = tmp_path / f"{name}.conf"
+            file.write_text("\n".join(["port 0", "bind 127.0.0.1", f"dir {tmp_path}", *files, *lines]))
+            command = [program("redis-server"), file, *(["--sentinel"] if name == "sentinel" else [])]
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        options = f"ssl_ca_certs={certificate}/pem&ssl_min_version=771&ssl_check_hostname=true"
+        address = f"rediss+sentinel://127.0.0.1:{sentinel_port}/mymaster?{options}"
+        publisher = open_publisher("redis", address)
+        until(lambda: published(publisher, channel, "x"), "the master")
+        with Relay(tmp_path, "--workers", "1", REDIS_URL=address) as relay:
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            publisher.publish(channel, "x")
+            got(pages, page, "x")
+        publisher.close()
+        stranger = open_publisher("redis", address.replace("127.0.0.1", "localhost"))
+        with pytest.raises(BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            stranger.publish(channel, "x")
+        open_publisher("redis", address.replace("127.0.0.1", "localhost").replace("=true", "=false")).publish(
+            channel, "x"
+        )
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(PATIENCE)
+
+
 def test_notify_in_django(steady, tmp_path, pages, channel):
     """At the commit, to the master, from a process and those that it forks."""
     with Relay(tmp_path, "--workers", "1", **steady.environment) as relay:
@@ -315,8 +461,13 @@ def test_notify_in_django(steady, tmp_path, pages, channel):
             ),
         ),
         (
-            "rediss+sentinel://a/m?ssl_cert_reqs=none",
-            ([("a", 26379)], "m", {"ssl": True, "ssl_cert_reqs": "none"}, "rediss://localhost/?ssl_cert_reqs=none"),
+            "rediss+sentinel://a/m?ssl_cert_reqs=none&ssl_min_version=771&ssl_check_hostname=false",
+            (
+                [("a", 26379)],
+                "m",
+                {"ssl": True, "ssl_cert_reqs": "none", "ssl_min_version": 771, "ssl_check_hostname": False},
+                "rediss://localhost/?ssl_cert_reqs=none&ssl_min_version=771&ssl_check_hostname=false",
+            ),
         ),
     ],
 )
@@ -333,3 +484,17 @@ def test_url_that_names_no_group(text):
     """The error shows one that does."""
     with pytest.raises(SettingsError, match=r"redis\+sentinel://user:password@host1:26379"):
         url.connection(text, "x")
+
+
+@pytest.mark.parametrize("text", ["redis+sentinel://[x]:1/m", "redis+sentinel://u:p?x@a:1/m", "redis+cluster://[x]:1"])
+def test_url_that_cannot_be_read(text):
+    """The error shows one that can, and nothing of a password."""
+    with pytest.raises(SettingsError, match=r"^REDIS_URL cannot be read; give redis\+[a-z]+://user:password@host1"):
+        url.connection(text, "x")
+
+
+@pytest.mark.parametrize("text", ["rediss+sentinel://a/m?ssl_none=1", "redis+sentinel://a/m?none=1"])
+def test_option_that_there_is_none_of(text):
+    """The error names it."""
+    with pytest.raises(SettingsError, match="REDIS_URL has an option that cannot be used: .*none"):
+        url.pool(text, "x")

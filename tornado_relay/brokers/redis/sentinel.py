@@ -14,10 +14,12 @@ it then is lost. So publishers leave it first, and readers, who hear it until th
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import redis
+import redis.connection
 import redis.sentinel
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -32,7 +34,7 @@ EXAMPLE = "redis+sentinel://user:password@host1:26379,host2:26379/mymaster/0"
 PORT = 26379
 """Where a Sentinel listens that has no port in the URL."""
 
-# How soon they are asked again where none answers: the master that is known is used on, and asking takes time.
+# How soon one that kept us waiting is asked again, where there is another one or a master that was named before.
 _ASK_AGAIN_SECONDS = 10.0
 
 # A Sentinel that does not answer must not hold up the next one.
@@ -50,9 +52,16 @@ class MasterConnection(redis.sentinel.SentinelManagedConnection):
             role = self.read_response(disable_decoding=True)[0]
         except redis.exceptions.NoPermissionError:
             return  # a server that may not be asked is taken at the Sentinels' word
+        except redis.RedisError:
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise
         if role != b"master":
             self.disconnect()  # type: ignore[no-untyped-call]
             raise redis.ConnectionError(f"{address[0]}:{address[1]} is a {role.decode()}, and no Sentinel says so yet")
+
+    def read_response(self, *arguments: Any, **options: Any) -> Any:
+        """Read a reply, or else disconnect: one that comes late would be taken for that to the next command."""
+        return super().read_response(*arguments, **{"disconnect_on_error": True, **options})
 
 
 class MasterTLSConnection(MasterConnection, redis.SSLConnection):
@@ -66,43 +75,79 @@ class Sentinels(redis.sentinel.Sentinel):
         group = parse(url)
         super().__init__(group.sentinels.addresses, sentinel_kwargs={**_OPTIONS, **group.options})  # type: ignore[no-untyped-call]
         self.master_name = group.name
+        self.epoch = 0
+        """Which election made the master one: a server that becomes it again is not what it was."""
+        # When each is asked again.
+        self._ask_at = dict.fromkeys(self.sentinels, 0.0)
+        # The master that was named last.
+        self._last: tuple[str, int] | None = None
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         """
-        Return host and port of the master.
+        Return what `ask` does, or where no Sentinel answers the master that was named last.
+
+        That one says itself whether it is one still, if it can be reached: see `MasterConnection`.
+
+        Raises:
+            redis.RedisError: As `ask` does, where none was named before.
+
+        """
+        try:
+            self._last = self.ask(service_name)
+        except (redis.ResponseError, redis.sentinel.MasterNotFoundError):
+            raise
+        except redis.ConnectionError:
+            if not self._last:
+                raise
+        return self._last
+
+    def ask(self, service_name: str) -> tuple[str, int]:
+        """
+        Return host and port of the master, as the one has it that knows of the last election.
+
+        A Sentinel that is cut off goes on naming the old master. So more than half of them are asked, as far as they answer,
+        and the highest ``config-epoch`` wins.
 
         Raises:
             redis.ResponseError: If every Sentinel says what asking again cannot mend: a password or name that is wrong.
-            redis.sentinel.MasterNotFoundError: If one says that the master is down, as before each fail-over.
+            redis.sentinel.MasterNotFoundError: If they say that the master is down, as before each fail-over.
             redis.ConnectionError: If none answers. No error shows a password.
 
         """
-        reasons, for_good, is_down = [], True, False
-        for number, sentinel in enumerate(self.sentinels):
+        reasons, for_good = [], True
+        states: list[tuple[int, bool, str, int]] = []
+        # Those that kept us waiting are the last.
+        for sentinel in sorted(self.sentinels, key=self._ask_at.__getitem__):
+            is_silent = self._ask_at[sentinel] > time.monotonic()
+            enough = max(states)[1] if states else self._last
+            if enough and (is_silent or 2 * len(states) > len(self.sentinels)):
+                break
             try:
                 masters: Any = sentinel.sentinel_masters()
             except redis.RedisError as exc:
                 reasons.append(str(exc))
                 for_good &= isinstance(exc, (redis.AuthenticationError, redis.ResponseError))
+                if isinstance(exc, redis.TimeoutError):
+                    self._ask_at[sentinel] = time.monotonic() + _ASK_AGAIN_SECONDS
                 continue
-            state = masters.get(service_name)
-            if state:
-                # The one that answers is asked first the next time.
-                self.sentinels[0], self.sentinels[number] = sentinel, self.sentinels[0]
-                if self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
-                    return state["ip"], state["port"]
-                for_good, is_down = False, True
-            known = ", ".join(map(repr, masters)) or "none"
-            reasons.append(f"{service_name!r} is down" if state else f"known to a Sentinel is {known}")
-        unknown = redis.sentinel.MasterNotFoundError if is_down else redis.ConnectionError
-        raise (redis.ResponseError if for_good else unknown)(
+            if state := masters.get(service_name):
+                is_up = self.check_master_state(state, service_name)  # type: ignore[no-untyped-call]
+                states.append((state.get("config-epoch", 0), is_up, state["ip"], state["port"]))
+            else:
+                reasons.append(f"known to a Sentinel is {', '.join(map(repr, masters)) or 'none'}")
+        if states:
+            self.epoch, is_up, host, port = max(states)
+            if is_up:
+                return host, port
+            raise redis.sentinel.MasterNotFoundError(f"the Sentinels say that {service_name!r} is down")
+        raise (redis.ResponseError if reasons and for_good else redis.ConnectionError)(
             f"no Sentinel names a master for {service_name!r}: {'; '.join(dict.fromkeys(reasons))}"
         )
 
     def left(self, servers: list[str]) -> str:
         """Ask, and return why a reader is to leave the one of ``servers``; nothing if it is not."""
-        host, port = self.discover_master(self.master_name)
-        return f"the master is {host}:{port} now" if servers not in ([], [f"{host}:{port}"]) else ""
+        host, port = self.ask(self.master_name)
+        return f"the master is {host}:{port} now" if servers not in ([], [f"{host}:{port}/{self.epoch}"]) else ""
 
 
 class MasterPool(redis.sentinel.SentinelConnectionPool):
@@ -117,14 +162,10 @@ class MasterPool(redis.sentinel.SentinelConnectionPool):
     def get_connection(self, *_: Any, **__: Any) -> Any:
         """Return a connection to the server that is the master now, as far as a Sentinel can be asked."""
         if time.monotonic() >= self._ask_at:
-            pause = ASK_SECONDS
-            try:
+            # Before they are asked: the other threads go on meanwhile.
+            self._ask_at = time.monotonic() + ASK_SECONDS
+            with suppress(redis.RedisError):
                 self.get_master_address()  # type: ignore[no-untyped-call]
-            except redis.sentinel.MasterNotFoundError:
-                pass  # there will be another one in a moment, and it is to be found before readers leave this one
-            except redis.RedisError:
-                pause = _ASK_AGAIN_SECONDS
-            self._ask_at = time.monotonic() + pause
         return super().get_connection()
 
 
@@ -150,6 +191,7 @@ def parse(url: str) -> Group:
 
     Raises:
         SettingsError: If it names no group.
+        ValueError: If redis-py cannot read it.
 
     """
     parts = hosts.split(url, PORT)
@@ -165,6 +207,9 @@ def parse(url: str) -> Group:
             options[key.removeprefix("sentinel_")] = value
         else:
             for_servers.append((key, value))
-            if key.startswith("ssl_") and parts.tls:
-                options[key] = value
-    return Group(parts, unquote(name), options, parts.url(database, for_servers))
+    servers = parts.url(database, for_servers)
+    if parts.tls:
+        # As redis-py reads them: some are numbers, or yes and no.
+        read = redis.connection.parse_url(servers)  # type: ignore[no-untyped-call]
+        options.update((key, value) for key, value in read.items() if key.startswith("ssl_"))
+    return Group(parts, unquote(name), options, servers)

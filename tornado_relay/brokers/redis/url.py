@@ -35,21 +35,22 @@ def pool(url: str, client_name: str, server: str = "") -> redis.ConnectionPool:
         SettingsError: If ``url`` is not one that redis-py understands.
 
     """
-    plain, example = _plain(url)
     options = {key: value for key, value in _OPTIONS.items() if key in _FOR_UNIX or not url.startswith("unix:")}
     try:
-        made = redis.ConnectionPool.from_url(plain, client_name=client_name, **options)
+        made = redis.ConnectionPool.from_url(_plain(url), client_name=client_name, **options)
+    except SettingsError:
+        raise
     except ValueError:  # its text may hold a piece of the password
         raise SettingsError(
-            f"REDIS_URL cannot be read; give {example}, with special characters of the password percent-encoded"
+            f"REDIS_URL cannot be read; give {_example(url)}, with special characters of the password percent-encoded"
         ) from None
+    _connection(made, {})
     if server:
-        host, _, port = server.rpartition(":")
+        host, _, port = server.partition("/")[0].rpartition(":")
         made.connection_kwargs.update(host=host, port=int(port))
     elif sentinel.is_sentinel(url):
         for_all = {key: value for key, value in made.connection_kwargs.items() if key not in ("host", "port")}
         made = sentinel.MasterPool(url, **for_all)
-    _connection(made, {})
     return made
 
 
@@ -73,14 +74,20 @@ def _connection(made: redis.ConnectionPool, options: dict[str, Any]) -> Any:
         raise SettingsError(f"REDIS_URL has an option that cannot be used: {exc}") from exc
 
 
-def _plain(url: str) -> tuple[str, str]:
-    """Return the URL that one server of a group has, and an example for such a group."""
+def _plain(url: str) -> str:
+    """Return the URL that one server of a group has."""
     if sentinel.is_sentinel(url):
-        return sentinel.parse(url).servers, sentinel.EXAMPLE
+        return sentinel.parse(url).servers
     if cluster.is_cluster(url):
         parts = cluster.parse(url)
-        return parts.url("", parts.options), cluster.EXAMPLE
-    return url, "redis://user:password@host:6379/0"
+        return parts.url("", parts.options)
+    return url
+
+
+def _example(url: str) -> str:
+    if sentinel.is_sentinel(url):
+        return sentinel.EXAMPLE
+    return cluster.EXAMPLE if cluster.is_cluster(url) else "redis://user:password@host:6379/0"
 
 
 def prefix(url: str) -> str:
@@ -89,8 +96,16 @@ def prefix(url: str) -> str:
 
 
 def server_of(url: str, connected: Any) -> str:
-    """Return which server of a group a connection leads to, as ``host:port``; nothing where ``url`` names one server."""
-    return f"{connected.host}:{connected.port}" if sentinel.is_sentinel(url) or cluster.is_cluster(url) else ""
+    """
+    Return which server of a group a connection leads to, as ``host:port``; nothing where ``url`` names one server.
+
+    A master has ``/epoch`` behind it, which each election raises: when it is elected again, it has lost what the one
+    before it took and what it had not handed on itself, and is another one to the history.
+    """
+    server = f"{connected.host}:{connected.port}"
+    if sentinel.is_sentinel(url):
+        return f"{server}/{connected.connection_pool.sentinel_manager.epoch}"
+    return server if cluster.is_cluster(url) else ""
 
 
 def shown(url: str) -> str:
