@@ -496,5 +496,5 @@ def test_url_that_cannot_be_read(text):
 @pytest.mark.parametrize("text", ["rediss+sentinel://a/m?ssl_none=1", "redis+sentinel://a/m?none=1"])
 def test_option_that_there_is_none_of(text):
     """The error names it."""
-    with pytest.raises(SettingsError, match="REDIS_URL has an option that cannot be used: .*none"):
+    with pytest.raises(SettingsError, match=r"REDIS_URL has an option that cannot be used: .*none"):
         url.pool(text, "x")
