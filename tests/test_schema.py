@@ -360,6 +360,8 @@ def test_a_million_events_go_while_others_come(history):
                 before = written[:4]  # while this transaction holds what it holds, all of them go on
                 until(lambda: all(map(int.__gt__, written[:4], before)), "all writers go on")
                 cursor.execute("COMMIT")
+            # Or it would be undone, and in the way of the next until the server sees that we have gone.
+            cursor.execute("COMMIT")
         finally:
             more = False
     assert [writer.result() for writer in writers] == [None] * 4
