@@ -214,6 +214,16 @@ def test_history_is_used_from_the_first_event_on(group, tmp_path, channel):
         assert keeper.client.xlen(f"{TAG}:events:{channel}") == 41
 
 
+def test_publisher_goes_where_a_server_sends_it(group, channel):
+    """Right after a move the other servers have not heard of it."""
+    with closing(open_publisher("redis", group.url)) as publisher:
+        for name in [f"{channel}-{number}" for number in range(20)]:
+            publisher.publish(name, "x")
+            source = group.owner(slot_of(name))
+            group.migrate(slot_of(name), next(each for each in group.servers[:3] if each is not source))
+            publisher.publish(name, "x")
+
+
 def test_master_that_stands_still(fragile, tmp_path, pages, channel):
     """As behind a cut cable: the reader leaves it for the one in its place, and metrics say so."""
     publisher = open_publisher("redis", fragile.url)

@@ -87,6 +87,8 @@ class Topology:
         self._seeds = [f"{host}:{port}" for host, port in parse(url).addresses]
         self._known = self._seeds
         self._ranges: list[tuple[int, int, str]] = []
+        # What servers have said since, of single slots.
+        self._moved: dict[int, str] = {}
 
     def refresh(self) -> None:
         """
@@ -102,6 +104,7 @@ class Topology:
                 reasons.append(str(exc))
                 continue
             self._ranges = sorted((start, end, names[0]) for (start, end), names in found.items())
+            self._moved = {}
             # The URL's stay: a server that was cut off may have come to know itself alone.
             self._known = list(dict.fromkeys([*(name for names in found.values() for name in names), *self._seeds]))
             return
@@ -109,11 +112,21 @@ class Topology:
 
     def master(self, slot: int) -> str:
         """Return the master of ``slot``; raise redis.ConnectionError if it has none."""
+        if server := self._moved.get(slot):
+            return server
         ranges = self._ranges  # another thread may be at `refresh`
         place = bisect_right(ranges, slot, key=itemgetter(0)) - 1
         if place < 0 or slot > ranges[place][1]:
             raise redis.ConnectionError(f"no server of the Cluster has slot {slot}")
         return ranges[place][2]
+
+    def follow(self, moved: redis.exceptions.MovedError) -> None:
+        """Believe what a server says of a slot that it has not: others may hear of that later."""
+        host, port = moved.node_addr
+        if host not in ("", "?"):
+            self._moved[moved.slot_id] = f"{host}:{port}"
+        else:
+            self.refresh()
 
     def left(self, servers: list[str]) -> str:
         """Ask, and return why a reader is to leave ``servers``, the history's first; nothing if it is not."""
@@ -174,6 +187,10 @@ class Shards:
         if server not in self._pools:
             self._pools.setdefault(server, self._pool(server))
         return self._pools[server]
+
+    def follow(self, moved: redis.exceptions.MovedError) -> None:
+        """See `Topology`."""
+        self._topology.follow(moved)
 
     def look_again(self) -> None:
         """See where the slots are before the next command: they have moved, or a server is away."""
