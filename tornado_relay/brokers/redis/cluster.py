@@ -44,6 +44,9 @@ HISTORY_SLOT = int(key_slot(TAG.encode()))
 CHANGING = (redis.exceptions.AskError, redis.exceptions.TryAgainError, redis.exceptions.ClusterDownError)
 """What servers answer, without doing anything, while slots move between them; `AskError` is also what MOVED is."""
 
+# Seconds before a channel is asked for again that two servers each take for the other's.
+_PAUSE = 0.05
+
 GAP = "gap"
 """What stands for a channel that is listened to again, on another server: this, and the channel."""
 
@@ -220,6 +223,8 @@ class ClusterLinks:
         # Channels that the history's server has confirmed, and those that their shard has.
         self._plain: set[str] = set()
         self._sharded: set[str] = set()
+        # Channels that were no more where they were just asked for.
+        self._strays: set[str] = set()
         # Channels that were lost by a server, until another one has confirmed them.
         self._lost: set[str] = set()
         try:
@@ -262,7 +267,7 @@ class ClusterLinks:
         if not self._has_shards:
             return replies
         found: list[Any] = []
-        moved = []
+        moved = {}
         for reply in replies:
             kind, name = reply[:2]
             if kind == b"message":
@@ -272,7 +277,7 @@ class ClusterLinks:
             elif kind in (b"subscribe", b"ssubscribe"):
                 found += self._confirmed(kind, name)
             elif kind == MOVED:
-                moved.append(name)
+                moved[name] = reply[2]
             elif kind == REFUSED and name in self._lost:
                 # There are streams on it, and they have to be told; that all are is rare enough.
                 raise redis.ConnectionError(f"{name} is refused by the server that has it now: {reply[2]}")
@@ -297,13 +302,19 @@ class ClusterLinks:
             return [(GAP, channel, "")]
         return [(b"subscribe", channel, "")] if name in self._plain and name in self._sharded else []
 
-    def _follow(self, names: list[str]) -> None:
-        if _BEACON in names:
+    def _follow(self, moved: dict[str, Any]) -> None:
+        if _BEACON in moved:
             raise redis.ConnectionError("the history's slot is at another server now")
-        wanted = [name for name in names if name in self._places]
+        wanted = [name for name in moved if name in self._places]
         if not wanted:
             return
-        self._topology.refresh()
+        if self._strays.intersection(wanted):
+            time.sleep(_PAUSE)
+        if not all(moved[name] for name in wanted):
+            self._topology.refresh()
+        self._strays = {name for name in wanted if moved[name]}
+        for name in self._strays:
+            self._topology.follow(moved[name])
         self._lost.update(self._sharded.intersection(wanted))
         self._sharded.difference_update(wanted)
         self._ask_shards(wanted)
