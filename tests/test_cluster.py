@@ -13,7 +13,7 @@ from programs import program
 from redis_group import NOTIFIED, Cluster, Member, all_say, cluster, notify_in_django, port_with_bus, running
 from relay import Relay, run, watched
 from servers import old_redis_binary, until
-from storm import CHANNELS, drill
+from storm import CHANNELS, drill, drill_live
 from test_check import findings
 from test_metrics import counted, named
 
@@ -27,7 +27,7 @@ from tornado_relay.publish import open_publisher
 @pytest.fixture
 def fragile(home, channel):
     """A Cluster of the test's own."""
-    with running(Cluster, home / f"cluster-{channel}") as group:
+    with running(Cluster, home / f"cluster-{channel}", program("redis-server")) as group:
         yield group
 
 
@@ -103,6 +103,20 @@ def test_shard_without_the_history_is_killed(fragile, tmp_path):
     lacking, kept, _ = drill(fragile, tmp_path, disturb)
     assert lacking == 0
     assert not [stream for stream in kept if stream.resets]
+
+
+def test_shard_is_killed_without_a_history(fragile, tmp_path):
+    """Events travel by SPUBLISH: what the lost server's channels miss is told."""
+
+    def disturb():
+        old = next(each for each in fragile.servers[:3] if each is not fragile.owner(HISTORY_SLOT))
+        slot = next(slot for slot in map(slot_of, CHANNELS) if fragile.owner(slot) is old)
+        until(lambda: "cmdstat_spublish" in old.client.info("commandstats"), "events travel through it")
+        old.stop("immediate")
+        moved(fragile, slot, old)
+        listening(fragile, 4)
+
+    assert all(stream.resets for stream in drill_live(fragile, tmp_path, disturb))
 
 
 def test_slot_that_moves_is_told_to_its_channels_alone(group, tmp_path, pages, channel):
@@ -212,6 +226,16 @@ def test_history_is_used_from_the_first_event_on(group, tmp_path, channel):
             keeper.client.rename(f"{TAG}:away", f"{TAG}:history")
             publisher.publish(channel, "x")
         assert keeper.client.xlen(f"{TAG}:events:{channel}") == 41
+
+
+def test_publisher_goes_where_a_server_sends_it(group, channel):
+    """Right after a move the other servers have not heard of it."""
+    with closing(open_publisher("redis", group.url)) as publisher:
+        for name in [f"{channel}-{number}" for number in range(20)]:
+            publisher.publish(name, "x")
+            source = group.owner(slot_of(name))
+            group.migrate(slot_of(name), next(each for each in group.servers[:3] if each is not source))
+            publisher.publish(name, "x")
 
 
 def test_master_that_stands_still(fragile, tmp_path, pages, channel):

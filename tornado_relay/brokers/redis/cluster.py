@@ -44,6 +44,9 @@ HISTORY_SLOT = int(key_slot(TAG.encode()))
 CHANGING = (redis.exceptions.AskError, redis.exceptions.TryAgainError, redis.exceptions.ClusterDownError)
 """What servers answer, without doing anything, while slots move between them; `AskError` is also what MOVED is."""
 
+# Seconds before a channel is asked for again that two servers each take for the other's.
+_PAUSE = 0.05
+
 GAP = "gap"
 """What stands for a channel that is listened to again, on another server: this, and the channel."""
 
@@ -87,6 +90,8 @@ class Topology:
         self._seeds = [f"{host}:{port}" for host, port in parse(url).addresses]
         self._known = self._seeds
         self._ranges: list[tuple[int, int, str]] = []
+        # What servers have said since, of single slots.
+        self._moved: dict[int, str] = {}
 
     def refresh(self) -> None:
         """
@@ -102,6 +107,7 @@ class Topology:
                 reasons.append(str(exc))
                 continue
             self._ranges = sorted((start, end, names[0]) for (start, end), names in found.items())
+            self._moved = {}
             # The URL's stay: a server that was cut off may have come to know itself alone.
             self._known = list(dict.fromkeys([*(name for names in found.values() for name in names), *self._seeds]))
             return
@@ -109,11 +115,21 @@ class Topology:
 
     def master(self, slot: int) -> str:
         """Return the master of ``slot``; raise redis.ConnectionError if it has none."""
+        if server := self._moved.get(slot):
+            return server
         ranges = self._ranges  # another thread may be at `refresh`
         place = bisect_right(ranges, slot, key=itemgetter(0)) - 1
         if place < 0 or slot > ranges[place][1]:
             raise redis.ConnectionError(f"no server of the Cluster has slot {slot}")
         return ranges[place][2]
+
+    def follow(self, moved: redis.exceptions.MovedError) -> None:
+        """Believe what a server says of a slot that it has not: others may hear of that later."""
+        host, port = moved.node_addr
+        if host not in ("", "?"):
+            self._moved[moved.slot_id] = f"{host}:{port}"
+        else:
+            self.refresh()
 
     def left(self, servers: list[str]) -> str:
         """Ask, and return why a reader is to leave ``servers``, the history's first; nothing if it is not."""
@@ -175,6 +191,10 @@ class Shards:
             self._pools.setdefault(server, self._pool(server))
         return self._pools[server]
 
+    def follow(self, moved: redis.exceptions.MovedError) -> None:
+        """See `Topology`."""
+        self._topology.follow(moved)
+
     def look_again(self) -> None:
         """See where the slots are before the next command: they have moved, or a server is away."""
         self._ask_at = 0.0
@@ -203,6 +223,8 @@ class ClusterLinks:
         # Channels that the history's server has confirmed, and those that their shard has.
         self._plain: set[str] = set()
         self._sharded: set[str] = set()
+        # Channels that were no more where they were just asked for.
+        self._strays: set[str] = set()
         # Channels that were lost by a server, until another one has confirmed them.
         self._lost: set[str] = set()
         try:
@@ -245,7 +267,7 @@ class ClusterLinks:
         if not self._has_shards:
             return replies
         found: list[Any] = []
-        moved = []
+        moved = {}
         for reply in replies:
             kind, name = reply[:2]
             if kind == b"message":
@@ -255,7 +277,7 @@ class ClusterLinks:
             elif kind in (b"subscribe", b"ssubscribe"):
                 found += self._confirmed(kind, name)
             elif kind == MOVED:
-                moved.append(name)
+                moved[name] = reply[2]
             elif kind == REFUSED and name in self._lost:
                 # There are streams on it, and they have to be told; that all are is rare enough.
                 raise redis.ConnectionError(f"{name} is refused by the server that has it now: {reply[2]}")
@@ -280,13 +302,19 @@ class ClusterLinks:
             return [(GAP, channel, "")]
         return [(b"subscribe", channel, "")] if name in self._plain and name in self._sharded else []
 
-    def _follow(self, names: list[str]) -> None:
-        if _BEACON in names:
+    def _follow(self, moved: dict[str, Any]) -> None:
+        if _BEACON in moved:
             raise redis.ConnectionError("the history's slot is at another server now")
-        wanted = [name for name in names if name in self._places]
+        wanted = [name for name in moved if name in self._places]
         if not wanted:
             return
-        self._topology.refresh()
+        if self._strays.intersection(wanted):
+            time.sleep(_PAUSE)
+        if not all(moved[name] for name in wanted):
+            self._topology.refresh()
+        self._strays = {name for name in wanted if moved[name]}
+        for name in self._strays:
+            self._topology.follow(moved[name])
         self._lost.update(self._sharded.intersection(wanted))
         self._sharded.difference_update(wanted)
         self._ask_shards(wanted)

@@ -19,7 +19,7 @@ QUIET = 5.0
 REFUSED = "refused"
 """What stands for the reply to a channel that the server refused: this, the channel, and why."""
 MOVED = "moved"
-"""The same for a channel of a Cluster that the server does not serve, or serves no more."""
+"""The same for a channel of a Cluster that the server does not serve, with its error, or serves no more, with nothing."""
 
 Command = tuple[str, list[str]]
 
@@ -115,7 +115,7 @@ class Link:
             return  # the slot was another server's already
         command, names = self._sent.popleft()
         if isinstance(error, redis.exceptions.MovedError):
-            replies += [(MOVED, name, "") for name in names]
+            replies += [(MOVED, name, error) for name in names]
         elif len(names) > 1:
             # Because of one of them; that must fail alone.
             self.send([(command, [name]) for name in names])

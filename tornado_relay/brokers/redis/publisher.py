@@ -120,11 +120,11 @@ class RedisPublisher:
         for again in (True, False):
             try:
                 return self._run_once(key, command, with_script)
-            except redis.exceptions.MovedError:
+            except redis.exceptions.MovedError as exc:
                 # It has done nothing of it.
                 if not self._shards or not again:
                     raise
-                self._shards.look_again()
+                self._shards.follow(exc)
             except (redis.ConnectionError, redis.TimeoutError, *cluster.CHANGING):
                 if self._shards:
                     self._shards.look_again()
