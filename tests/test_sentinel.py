@@ -1,5 +1,6 @@
 """Redis Sentinel: the relay and notify() go where the master is."""
 
+import asyncio
 import json
 import re
 import signal
@@ -24,6 +25,7 @@ from test_metrics import counted, named
 from tornado_relay.brokers.redis import sentinel, url
 from tornado_relay.brokers.redis.watch import LEAVE_SECONDS
 from tornado_relay.errors import BrokerError, BrokerUnavailable, SettingsError
+from tornado_relay.history.redis import RedisHistory
 from tornado_relay.publish import open_publisher
 
 
@@ -319,6 +321,14 @@ def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel, w
     publisher.close()
 
 
+@pytest.mark.parametrize("text", ["redis+sentinel://a/m", "redis+cluster://a"])
+def test_history_of_a_group_waits_for_its_server(text):
+    """Before the worker's connection says which one it is, it goes nowhere."""
+    history = RedisHistory(text, 10, 60.0, lambda: "")
+    with pytest.raises(BrokerUnavailable, match="no server of the group is connected"):
+        asyncio.run(history.open())
+
+
 def test_passwords_of_servers_and_of_sentinels(steady, tmp_path, pages, channel):
     """Each has its own; relay, publisher and check use both, and show none."""
     checked = run("check", cwd=tmp_path, RELAY_HISTORY="10", **steady.environment)
@@ -496,5 +506,5 @@ def test_url_that_cannot_be_read(text):
 @pytest.mark.parametrize("text", ["rediss+sentinel://a/m?ssl_none=1", "redis+sentinel://a/m?none=1"])
 def test_option_that_there_is_none_of(text):
     """The error names it."""
-    with pytest.raises(SettingsError, match="REDIS_URL has an option that cannot be used: .*none"):
+    with pytest.raises(SettingsError, match=r"REDIS_URL has an option that cannot be used: .*none"):
         url.pool(text, "x")
