@@ -1,5 +1,6 @@
 """Redis Sentinel: the relay and notify() go where the master is."""
 
+import asyncio
 import json
 import re
 import signal
@@ -24,6 +25,7 @@ from test_metrics import counted, named
 from tornado_relay.brokers.redis import sentinel, url
 from tornado_relay.brokers.redis.watch import LEAVE_SECONDS
 from tornado_relay.errors import BrokerError, BrokerUnavailable, SettingsError
+from tornado_relay.history.redis import RedisHistory
 from tornado_relay.publish import open_publisher
 
 
@@ -317,6 +319,14 @@ def test_sentinels_that_are_gone_cost_nothing(group, tmp_path, pages, channel, w
         pages.until(lambda: len(page.data) == number + 1, "all events")
         assert not resets(page)
     publisher.close()
+
+
+@pytest.mark.parametrize("text", ["redis+sentinel://a/m", "redis+cluster://a"])
+def test_history_of_a_group_waits_for_its_server(text):
+    """Before the worker's connection says which one it is, it goes nowhere."""
+    history = RedisHistory(text, 10, 60.0, lambda: "")
+    with pytest.raises(BrokerUnavailable, match="no server of the group is connected"):
+        asyncio.run(history.open())
 
 
 def test_passwords_of_servers_and_of_sentinels(steady, tmp_path, pages, channel):

@@ -35,7 +35,8 @@ def of_redis(settings: Settings, *, used: bool) -> Iterator[Finding]:
     try:
         links = links_to(url, name)
         # The server of the history is the first of several.
-        clients = {server: redis.Redis(connection_pool=urls.pool(url, name, server)) for server in links.masters}
+        servers = [server.partition("/")[0] for server in links.masters]  # without the election
+        clients = {server: redis.Redis(connection_pool=urls.pool(url, name, server)) for server in servers}
         main, client = next(iter(clients.items()))
         version = client.info("server")["redis_version"]
         place = urls.shown(url) + (f", now at {', '.join(clients)}" if main else "")

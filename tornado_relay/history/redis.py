@@ -56,9 +56,12 @@ class RedisHistory:
 
     async def open(self) -> tuple[Cursor, Spans] | None:
         """See `History`."""
-        if self._server() != self._connected_to:
+        server = self._server()
+        if not server and urls.names_group(self._url):
+            raise BrokerUnavailable("no server of the group is connected")
+        if server != self._connected_to:
             self._client.connection_pool.disconnect()
-            self._connect(self._server())
+            self._connect(server)
         await self._check_memory()
         token, last, spans = await self._call(self._open)
         pairs = zip(spans[::2], spans[1::2], strict=True)

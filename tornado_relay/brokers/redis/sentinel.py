@@ -115,12 +115,13 @@ class Sentinels(redis.sentinel.Sentinel):
 
         """
         reasons, for_good = [], True
-        states: list[tuple[int, bool, str, int]] = []
+        states: list[tuple[int, bool, bool, str, int]] = []
         # Those that kept us waiting are the last.
         for sentinel in sorted(self.sentinels, key=self._ask_at.__getitem__):
             is_silent = self._ask_at[sentinel] > time.monotonic()
-            enough = max(states)[1] if states else self._last
-            if enough and (is_silent or 2 * len(states) > len(self.sentinels)):
+            if is_silent and (states or self._last):
+                break
+            if 2 * len(states) > len(self.sentinels) and max(states)[1]:
                 break
             try:
                 masters: Any = sentinel.sentinel_masters()
@@ -132,11 +133,13 @@ class Sentinels(redis.sentinel.Sentinel):
                 continue
             if state := masters.get(service_name):
                 is_up = self.check_master_state(state, service_name)  # type: ignore[no-untyped-call]
-                states.append((state.get("config-epoch", 0), is_up, state["ip"], state["port"]))
+                # The one that leads the election names the old one until all replicas follow.
+                is_over = "failover_in_progress" not in state["flags"]
+                states.append((state.get("config-epoch", 0), is_up, is_over, state["ip"], state["port"]))
             else:
                 reasons.append(f"known to a Sentinel is {', '.join(map(repr, masters)) or 'none'}")
         if states:
-            self.epoch, is_up, host, port = max(states)
+            self.epoch, is_up, _, host, port = max(states)
             if is_up:
                 return host, port
             raise redis.sentinel.MasterNotFoundError(f"the Sentinels say that {service_name!r} is down")

@@ -90,6 +90,11 @@ def _example(url: str) -> str:
     return cluster.EXAMPLE if cluster.is_cluster(url) else "redis://user:password@host:6379/0"
 
 
+def names_group(url: str) -> bool:
+    """Return whether ``url`` is one of several servers."""
+    return sentinel.is_sentinel(url) or cluster.is_cluster(url)
+
+
 def prefix(url: str) -> str:
     """Return what all keys of the history at ``url`` begin with."""
     return cluster.TAG if cluster.is_cluster(url) else "sse-relay"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import redis
 
@@ -19,11 +18,10 @@ How often a reader asks; it leaves a server when another one has had the say for
 
 
 class Watch:
-    """Asks on a thread of its own; ``ask`` returns why the server is to be left, or an empty text."""
+    """Asks on a thread; ``ask`` returns why the server is to be left, or an empty text."""
 
     def __init__(self, ask: Callable[[], str]) -> None:
         self._ask = ask
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-watch")
 
     async def run(self, leave: Callable[[Exception], None]) -> None:
         """Call ``leave`` when the answer has been the same for `LEAVE_SECONDS`. Cancel it to end."""
@@ -31,7 +29,7 @@ class Watch:
         while True:
             await asyncio.sleep(LEAVE_SECONDS)
             try:
-                why = await asyncio.get_running_loop().run_in_executor(self._executor, self._ask)
+                why = await asyncio.to_thread(self._ask)
             except redis.RedisError:
                 continue  # who cannot ask stays: the connection itself says when the server is gone
             if why and why == before:
