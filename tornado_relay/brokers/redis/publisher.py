@@ -17,6 +17,8 @@ from . import url as urls
 
 # How long it is believed in a Cluster that no history is kept: such events need not go to its server.
 _LOOK_SECONDS = 10.0
+# How often a command is sent on, as redis-py's RedisCluster has it: servers may hear late of a slot that moves.
+_REDIRECTIONS = 16
 
 
 class RedisPublisher:
@@ -117,12 +119,12 @@ class RedisPublisher:
 
         Scripts get the server as their last argument: which one it is, is known only when there is a connection.
         """
-        for again in (True, False):
+        for left in reversed(range(_REDIRECTIONS)):
             try:
                 return self._run_once(key, command, with_script)
             except redis.exceptions.MovedError as exc:
                 # It has done nothing of it.
-                if not self._shards or not again:
+                if not self._shards or not left:
                     raise
                 self._shards.follow(exc)
             except (redis.ConnectionError, redis.TimeoutError, *cluster.CHANGING):
