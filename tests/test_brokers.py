@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -299,3 +300,20 @@ def unread(port):
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     rows = [line.split() for line in lines]
     return sum(int(row[4].partition(":")[2], 16) for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01")
+
+
+@pytest.mark.parametrize("kind", [PostgresServer, RedisServer])
+def test_pauses_grow_while_a_broker_is_away(kind, home, tmp_path, channel):
+    """Also behind a connection that had been good: many workers must not hammer at a server that is coming up."""
+    folder = home / f"away-{channel}"
+    folder.mkdir(mode=0o755)
+    server = kind(folder)
+    with Relay(tmp_path, "--workers", "1", **server.environment) as relay:
+        server.stop()
+
+        def pauses():
+            return [float(pause) for pause in re.findall(r"next try in ([\d.]+) s", relay.log)]
+
+        # Longer than any that comes while the last connection is younger than a good one has to be.
+        until(lambda: max(pauses(), default=0.0) > 6.4, "a long pause", 60)
+        assert len(pauses()) < 15

@@ -140,12 +140,12 @@ class Reader:
             except BrokerError as exc:
                 if self.trouble is None:
                     self._on_lost()
+                    if self._now() - (self._up_since or 0.0) >= GOOD_SECONDS:
+                        self._backoff.reset()
                 self.trouble = str(exc)
                 self._counts.set(BROKER_UP, 0)
                 self._subscriptions.lost(BrokerUnavailable(self.trouble))
                 self._first_done(exc if isinstance(exc, BrokerRefused) else None)
-            if self._up_since is not None and self._now() - self._up_since >= GOOD_SECONDS:
-                self._backoff.reset()
             delay = self._backoff.next()
             log.warning("%s is not reachable, next try in %.1f s: %s", self.name, delay, self.trouble)
             await asyncio.sleep(delay)
