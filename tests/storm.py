@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from fleet import Fleet, Numbers
 from relay import Relay
+from servers import until
 
 EVENTS = 5000
 CHANNELS = [f"channel-{number}" for number in range(20)]
@@ -43,6 +44,7 @@ def storming(broker, relays, disturb, each, ports=None, rate=1500.0):
 
         def work():
             try:
+                until(lambda: min(map(len, numbers.taken.values())) > 10, "events are under way")
                 disturb(relays, fleets)
             except BaseException as exc:
                 errors.append(exc)
@@ -159,8 +161,9 @@ def publish_the_end(numbers, fleets, step):
 
 
 def parts(stream):
-    """What it got between resets: the worker that it comes back to may be a moment behind the one that it had."""
-    return [stream.got[first:last] for first, last in pairwise([0, *stream.reset_at, len(stream.got)])]
+    """What it got at each worker, without a history: the one that it comes back to may be a moment behind the one before."""
+    returns = [at for at, reset in zip(stream.reset_at, stream.resets, strict=True) if reset["reason"] == "unknown-id"]
+    return [stream.got[first:last] for first, last in pairwise([0, *returns, len(stream.got)])]
 
 
 def kept_events(broker, channel):

@@ -3,7 +3,6 @@
 import itertools
 import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -66,7 +65,6 @@ def test_master_of_the_history_is_killed(fragile, tmp_path):
 
     def disturb():
         old = fragile.owner(HISTORY_SLOT)
-        time.sleep(1)
         old.stop("immediate")
         moved(fragile, HISTORY_SLOT, old)
         listening(fragile, 4)
@@ -80,7 +78,6 @@ def test_planned_fail_over_loses_nothing(fragile, tmp_path):
 
     def disturb():
         old = fragile.owner(HISTORY_SLOT)
-        time.sleep(1)
         fragile.fail_over(old)
         moved(fragile, HISTORY_SLOT, old)
         listening(fragile, 4)
@@ -95,7 +92,6 @@ def test_shard_without_the_history_is_killed(fragile, tmp_path):
     def disturb():
         old = next(each for each in fragile.servers[:3] if each is not fragile.owner(HISTORY_SLOT))
         slot = next(slot for slot in map(slot_of, CHANNELS) if fragile.owner(slot) is old)
-        time.sleep(1)
         old.stop("immediate")
         moved(fragile, slot, old)
         listening(fragile, 4)

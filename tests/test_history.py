@@ -99,7 +99,6 @@ def test_broker_goes_away(server, tmp_path, how):
         elif how == "stopped":
             stand_still(server.processes(), 20)
         else:
-            time.sleep(1)
             server.stop(how)
             server.start()
         until(lambda: len(listeners(server)) == 4, "all workers are back", 40)
@@ -126,7 +125,6 @@ def test_network_is_cut(server, tmp_path):
         url = server.url.replace(f":{server.port}/", f":{proxy.port}/")
 
         def disturb(relays, fleets):
-            time.sleep(1)
             proxy.freeze()
             for relay in relays:
                 until(lambda relay=relay: relay.log.count("is not reachable") >= 2, "both workers notice", 28)

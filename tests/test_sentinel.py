@@ -87,7 +87,6 @@ def test_planned_fail_over_loses_nothing(group, tmp_path):
 
     def disturb():
         old = group.master()
-        time.sleep(1)
         group.fail_over()
         moved(group, old)
         listening(group, 4)
@@ -102,7 +101,6 @@ def test_master_that_is_killed(group, tmp_path):
 
     def disturb():
         old = group.master()
-        time.sleep(1)
         old.stop("immediate")
         moved(group, old)
         listening(group, 4)
