@@ -1,4 +1,4 @@
-"""The command ``sse-relay-server``. Only this module prints or exits."""
+"""The command ``sse-relay-server``. Only this module prints, and exits, except for wrong usage."""
 
 from __future__ import annotations
 
