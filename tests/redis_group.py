@@ -159,14 +159,18 @@ class Sentinels:
         server.client.execute_command("CLIENT", "KILL", "USER", "sentinel")
 
     def fail_over(self):
-        """As an operator does."""
+        """As an operator does, who asks again when a Sentinel has given it up."""
+        old = self.master()
 
-        def begins():
+        def is_over():
+            if self.master() not in (None, old):
+                return True
             # It refuses as long as it does not know that the replica is a good one, or that the last one is over.
             with suppress(redis.ResponseError):
-                return self.sentinel.execute_command("SENTINEL", "FAILOVER", "mymaster")
+                self.sentinel.execute_command("SENTINEL", "FAILOVER", "mymaster")
+            return False
 
-        until(begins, "a fail-over begins", 40)
+        until(is_over, "a fail-over", 60)
 
     def publish(self, channel, payload):
         self.master().client.publish(channel, payload)
