@@ -226,11 +226,13 @@ def test_history_is_used_from_the_first_event_on(group, tmp_path, channel):
 
 def test_publisher_goes_where_a_server_sends_it(group, channel):
     """Right after a move the other servers have not heard of it."""
+    source, target, _ = group.servers[:3]
+    names = (f"{channel}-{number}" for number in itertools.count())
     with closing(open_publisher("redis", group.url)) as publisher:
-        for name in [f"{channel}-{number}" for number in range(20)]:
+        # All one way: servers that take slots from each other may give themselves the same epoch, and then disagree for good.
+        for name in itertools.islice((name for name in names if group.owner(slot_of(name)) is source), 10):
             publisher.publish(name, "x")
-            source = group.owner(slot_of(name))
-            group.migrate(slot_of(name), next(each for each in group.servers[:3] if each is not source))
+            group.migrate(slot_of(name), target)
             publisher.publish(name, "x")
 
 
