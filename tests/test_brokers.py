@@ -198,6 +198,18 @@ def test_loss_while_streams_open_is_mended(broker, tmp_path, pages, channel):
         pages.until(lambda: page.events, "the event")
 
 
+def test_pauses_grow_while_no_connection_holds(broker, tmp_path, pages, channel):
+    """One that is lost as soon as it is made does not count as a good one."""
+    with Relay(tmp_path, "--workers", "1", **broker.environment) as relay:
+        pages.open(relay.port, [f"/channel={channel}"])
+        for attempt in range(1, 5):
+            until(lambda: relay.log.count("connected, listening") == attempt, f"connection {attempt}")
+            end_listeners(broker)
+            until(lambda: relay.log.count("next try in") == attempt, f"loss {attempt}")
+        # The fourth is between half and all of 0.2 * 2 ** 3 s.
+        assert float(re.findall(r"next try in ([\d.]+) s", relay.log)[-1]) >= 0.8
+
+
 def test_second_host_of_the_url_is_used(postgres_server, tmp_path, pages, channel):
     """As libpq has it: the first that answers."""
     url = postgres_server.url.replace("127.0.0.1:", f"127.0.0.1:{free_port()},127.0.0.1:")
