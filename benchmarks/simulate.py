@@ -46,14 +46,14 @@ class Clock:
 class Sink:
     """A stream whose write takes its time, and who notes when each event has come."""
 
-    labels, position = False, 0
+    labels, position, reached = False, 0, 0
 
     def __init__(self, channel, clock, late):
         self.channels = self.audible = (channel,)
         self.clock, self.late = clock, late
 
     def send(self, data):
-        """See `tornado_relay.passes.Sink`."""
+        """See `tornado_relay.fanout.Sink`."""
         self.clock.now += COSTS.delivery
         # The bytes are the same object for all streams: read once.
         if self.late.read is not data:

@@ -160,7 +160,7 @@ for _metric in (*METRICS, *_OWN):
 LAYOUT = hashlib.sha256(repr([(each.name, each.at, each.bounds) for each in (*METRICS, *_OWN)]).encode()).hexdigest()
 """What tells a row of these metrics from one of others."""
 # For what is counted at each event.
-_EVENTS, _DELIVERIES, _BYTES = (metric.at[""] for metric in (EVENTS, DELIVERIES, BYTES))
+_DELIVERIES, _BYTES = (metric.at[""] for metric in (DELIVERIES, BYTES))
 
 
 class Counts:
@@ -191,16 +191,14 @@ class Counts:
         self._cells[metric.start + bisect_left(metric.bounds, seconds)] += times
         self._cells[metric.sum] += seconds * times
 
-    def deliver(self, events: int, deliveries: int, size: int) -> None:
-        """Count a batch of events, the streams that each goes to, and the bytes of that."""
+    def deliver(self, deliveries: int, size: int) -> None:
+        """Count deliveries, and the bytes of all."""
         cells = self._cells
-        cells[_EVENTS] += events
-        if deliveries:
-            cells[_DELIVERIES] += deliveries
-            cells[_BYTES] += size
+        cells[_DELIVERIES] += deliveries
+        cells[_BYTES] += size
 
     def sent(self, streams: int, times: tuple[float, float], *, whole: bool) -> None:
-        """Count streams as written to, and, if it was the whole or the rest of them, the pass; see `passes.Times`."""
+        """Count streams as written to, and, if it was the whole or the rest of them, the pass; see `fanout.Times`."""
         now, (arrived, began) = monotonic(), times
         self.observe(LATENCY, now - arrived, streams)
         if whole:

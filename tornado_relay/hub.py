@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
 
 from . import events
 from .brokers.message import Message
-from .counts import RESETS, Counts, Ledger
-from .passes import TURN, MixedPass, Pass, Passes, Sink, Times
+from .counts import EVENTS, RESETS, Counts, Ledger
+from .fanout import Batch, Fanout, Group, Sink
 
 # Channels whose events no history keeps are remembered, so that a stream on them that was away is told; this many.
 MAX_UNKEPT = 10_000
@@ -16,19 +17,22 @@ MAX_UNKEPT = 10_000
 BEATS = 240
 """Heartbeats that are told apart: a small number is an object that all share."""
 
+_Streams = dict[Sink, None]
+"""An ordered set."""
+_Map = defaultdict[str, Group] | defaultdict[str, _Streams]
+"""The streams on each channel."""
+
 
 class Hub:
     """
     The map from channels to streams.
 
-    Within a stream, events keep the order in which the broker gave them, also across its channels. All
-    that one batch holds for a stream goes out in one `Sink.send`.
+    Within a stream, events keep the order in which the broker gave them, also across its channels. All that waits for
+    a stream goes out in one `Sink.send`. Events for many streams give way to those of other channels; see `fanout`.
 
-    A pass over more than `TURN` streams gives way after as many, and goes on by ``later``; events of other channels
-    overtake it then, those of its own do not.
-
-    With ``history`` events carry the ids that the history gave them. A stream is *held* while it is brought
-    up to date, and then *joins*.
+    With ``history`` events carry the ids that the history gave them. A stream is *held* while it is brought up to
+    date, and then *joins*. If the history has brought it further than the broker's messages have come, it is *ahead*
+    until they are there as well.
     """
 
     def __init__(
@@ -40,9 +44,9 @@ class Hub:
     ) -> None:
         self.history = history
         self.counts = counts or Counts(Ledger(1), 0)
-        self._passes = Passes(self.counts, later)
-        # How often a stream has been put anywhere: what is delivered later is not for the same ones.
-        self._additions = 0
+        self._fanout = Fanout(self.counts, later)
+        # The number of the last frame.
+        self._number = 0
         # The last message that was delivered of those that a history keeps, by number and by id.
         self.seq = 0
         self.id = ""
@@ -54,20 +58,19 @@ class Hub:
         self.unkept: dict[str, int | None] = {}
         self._unplaced: dict[str, None] = {}
 
-        # Streams on this channel alone, which share one piece of bytes; dicts as ordered sets.
-        self._solo: dict[str, dict[Sink, None]] = {}
-        # The same for those that want labels.
-        self._labelled: dict[str, dict[Sink, None]] = {}
-        # Streams on this and other channels, for which each batch is put together one by one.
-        self._mixed: dict[str, dict[Sink, None]] = {}
-        # Streams that the history has brought further than the broker's messages have come. What they have
-        # already must not come again.
-        self._ahead: dict[str, dict[Sink, None]] = {}
+        # Streams on this channel alone: those that want no labels, and those that do.
+        self._shared: tuple[defaultdict[str, Group], ...] = defaultdict(Group), defaultdict(Group)
+        # Streams on several channels; and those that are ahead, which must not get again what they have already.
+        self._individual: defaultdict[str, _Streams] = defaultdict(dict)
         # Streams that get nothing of the history for the time being.
-        self._held: dict[str, dict[Sink, None]] = {}
-        # All streams, and which of the five maps each is in.
-        self._sinks: dict[Sink, dict[str, dict[Sink, None]]] = {}
-        # How many of them want labels: without any, nothing is labelled.
+        self._held: defaultdict[str, _Streams] = defaultdict(dict)
+        # All streams, and which of these maps each is in.
+        self._sinks: dict[Sink, _Map] = {}
+        # The streams that are ahead.
+        self._ahead: _Streams = {}
+        # How many streams there have been.
+        self._additions = 0
+        # How many of the streams want labels: without any, nothing is labelled.
         self._labels = 0
         # What has been delivered since `record`, of the channels that it was given.
         self._recording: dict[str, list[tuple[int, bytes]]] = {}
@@ -87,28 +90,30 @@ class Hub:
 
         Whoever asked for a channel with a twin hears both.
         """
-        for place in (self._solo, self._labelled, self._mixed, self._ahead, self._held):
-            for channel in list(place):
-                yield channel, len(place.get(channel, ()))
+        maps: tuple[_Map, ...] = *self._shared, self._individual, self._held
+        for streams_of in maps:
+            for channel in list(streams_of):
+                yield channel, len(streams_of.get(channel, ()))
 
     def add(self, sink: Sink) -> None:
         """Deliver to ``sink`` from now on."""
-        self._place(sink, self._mixed if len(sink.audible) > 1 else self._labelled if sink.labels else self._solo)
+        self._place(sink, self._individual if len(sink.audible) > 1 else self._shared[sink.labels])
 
     def join(self, sink: Sink) -> None:
         """Deliver to ``sink`` what is behind its position, from now on."""
         if sink.position > self.seq:
-            self._place(sink, self._ahead)
+            self._place(sink, self._individual)
+            self._ahead[sink] = None
         else:
             self.add(sink)
 
     def hold(self, sink: Sink) -> None:
-        """Deliver nothing to ``sink`` for the time being."""
+        """Deliver nothing of the history to ``sink`` for the time being."""
         self._place(sink, self._held)
 
     def live(self) -> list[Sink]:
         """Return the streams that are not held."""
-        return [sink for sink, place in self._sinks.items() if place is not self._held]
+        return [sink for sink, streams_of in self._sinks.items() if streams_of is not self._held]
 
     def hold_all(self) -> list[Sink]:
         """Hold every stream, each with the position that it has now, and return those that were not held."""
@@ -130,7 +135,7 @@ class Hub:
         """Stop delivering to ``sink``; return whether it was still there."""
         if sink not in self._sinks:
             return False
-        self._unplace(sink)
+        self._displace(sink)
         del self._sinks[sink]
         self._labels -= sink.labels
         return True
@@ -150,77 +155,41 @@ class Hub:
 
         """
         began = monotonic()
-        deliveries = size = 0
-        shared: dict[tuple[str, bool], list[bytes]] = {}
-        own: dict[Sink, list[bytes]] = {}
-        for message in messages:
-            channel, seq = message.channel, message.seq
-            if self.history:
-                if message.payload is None and message.reason == "broker-reconnect" and channel not in self.unkept:
-                    continue  # a gap in what no history keeps, and there was nothing of that
-                self._note(message, own)
-            solo, mixed, ahead = self._solo.get(channel), self._mixed.get(channel), self._ahead.get(channel)
-            labelled = self._labelled.get(channel) if self._labels else None
-            recording = self._recording.get(channel) if seq else None
-            if solo is None and labelled is None and mixed is None and ahead is None and recording is None:
-                continue
-            frame = self._frame(message)
-            with_label = events.label(channel, seq) + frame if self._labels else frame
-            streams = len(solo or ()) + len(labelled or ()) + len(mixed or ())
-            if recording is not None:
-                recording.append((seq, frame))
-            if solo is not None:
-                shared.setdefault((channel, False), []).append(frame)
-            if labelled is not None:
-                shared.setdefault((channel, True), []).append(with_label)
-            for sink in mixed or ():
-                own.setdefault(sink, []).append(with_label if sink.labels else frame)
-            for sink in ahead or ():
-                if not seq or seq > sink.position:
-                    own.setdefault(sink, []).append(with_label if sink.labels else frame)
-                    streams += 1
-            deliveries += streams
-            size += streams * len(frame)
-            if message.payload is None:
-                self.counts.add(RESETS, message.reason, streams)
-        # Here, for all streams of a batch: sending is what happens most often.
-        self.counts.deliver(len(messages), deliveries, size)
-        self._send(shared, own, (began if arrived is None else arrived, began))
+        times = began if arrived is None else arrived, began
         if self._ahead:
             self._settle()
+        batch = Batch(times)
+        for message in messages:
+            if self.history:
+                if message.payload is None and message.reason == "broker-reconnect":
+                    if message.channel not in self.unkept:
+                        continue  # a gap in what no history keeps, and there was nothing of that
+                elif message.seq and message.seq <= self.seq:
+                    self._send(batch)
+                    batch = Batch(times)
+                    self.restart("history-lost", message.seq - 1)
+                self._note(message, batch)
+            self._route(message, batch)
+        self.counts.add(EVENTS, number=len(messages))
+        self._send(batch)
 
-    def finish(self) -> None:
-        """Send now all that has given way."""
-        self._passes.finish()
+    def send(self, sink: Sink, data: bytes) -> None:
+        """Send ``data`` to one stream, behind what waits for it."""
+        self.flush(sink)
+        sink.send(data)
+
+    def flush(self, sink: Sink) -> None:
+        """Send now what waits for one stream."""
+        waiting = self._fanout.take(sink)
+        if (group := self._group(sink)) is not None:
+            waiting = group.take(sink)
+        if waiting:
+            sink.send(waiting)
 
     def tell(self, sink: Sink, reason: str, channels: tuple[str, ...]) -> None:
         """Tell a stream that it may have missed events on ``channels``."""
-        sink.send(events.stream_reset(reason, channels))
+        self.send(sink, events.stream_reset(reason, channels))
         self.counts.add(RESETS, reason)
-
-    def _send(self, shared: dict[tuple[str, bool], list[bytes]], own: dict[Sink, list[bytes]], times: Times) -> None:
-        sent = 0
-        for key, frames in shared.items():
-            channel, labels = key
-            sinks = (self._labelled if labels else self._solo).get(channel, {})
-            if self._passes.extend(key, frames, self._additions):
-                continue
-            if len(sinks) > TURN or key in self._passes:
-                # Those that are there now: whoever comes meanwhile comes behind this event.
-                self._passes.add(key, Pass(list(sinks), frames, self._additions, times))
-            else:
-                data = b"".join(frames)
-                for sink in list(sinks):
-                    sink.send(data)
-                sent += len(sinks)
-        if len(own) > TURN or None in self._passes:
-            self._passes.add(None, MixedPass(own, self._additions, times))
-        else:
-            for sink, frames in own.items():
-                sink.send(b"".join(frames))
-            sent += len(own)
-        if sent:
-            self.counts.sent(sent, times, whole=True)
 
     def heartbeat(self, part: int = 0, parts: int = 1) -> None:
         """
@@ -228,17 +197,25 @@ class Hub:
 
         Spread over ``parts``, since one to all at a time would keep events waiting.
         """
-        # What is still to be sent must not be behind its own id.
-        known = self.history and self.id and not self._passes
-        here = b":\n" + events.position(self.id) if known else b":\n\n"
-        for sink, place in [pair for pair in self._sinks.items() if pair[0].beat % parts == part]:
-            sink.send(here if place is not self._held and sink.position <= self.seq else b":\n\n")
+        known = self.history and self.id
+        here = b":\n" + events.position(self.id)
+        for sink in [sink for sink in self._sinks if sink.beat % parts == part]:
+            moves = known and sink.position <= self.seq and self._is_up_to_date(sink)
+            sink.send(here if moves else b":\n\n")
 
     def reset(self, reason: str) -> None:
         """Tell every stream that it may have missed events, and on which of its channels."""
-        self.finish()
-        for sink in self:
-            self.tell(sink, reason, sink.channels)
+        now = monotonic()
+        batch = Batch((now, now))
+        self._number += 1
+        for groups in self._shared:
+            for channel, group in groups.items():
+                batch.add_for(group, self._number, events.stream_reset(reason, (channel,)))
+        for sink in self._sinks:
+            if self._group(sink) is None:
+                batch.add_for_one(sink, events.stream_reset(reason, sink.channels))
+        self.counts.add(RESETS, reason, len(self._sinks))
+        self._fanout.send(batch)
 
     def restart(self, reason: str, position: int, held: int | None = None) -> None:
         """
@@ -251,16 +228,13 @@ class Hub:
         self.epoch += 1
         self.unkept = dict.fromkeys(self.unkept)
         self._unplaced = dict.fromkeys(self.unkept)
-        for sink, place in list(self._sinks.items()):
-            sink.position = position if held is None or place is not self._held else min(sink.position, held)
-            if place is self._ahead:
-                self.add(sink)
+        for sink, streams_of in list(self._sinks.items()):
+            sink.position = position if held is None or streams_of is not self._held else min(sink.position, held)
+        self._settle()
 
-    def _note(self, message: Message, own: dict[Sink, list[bytes]]) -> None:
+    def _note(self, message: Message, batch: Batch) -> None:
         """Remember how far the history has come; what it does not keep, held streams are told, who will not get it."""
         if message.seq:
-            if message.seq <= self.seq:
-                self.restart("history-lost", message.seq - 1)
             self.seq, self.id = message.seq, message.id
             for channel in self._unplaced:
                 self.unkept[channel] = message.seq
@@ -268,8 +242,42 @@ class Hub:
         else:
             self._note_unkept(message.channel)
             for sink in self._held.get(message.channel, ()):
-                own.setdefault(sink, []).append(events.stream_reset("not-kept", (message.channel,)))
+                batch.add_for_one(sink, events.stream_reset("not-kept", (message.channel,)))
                 self.counts.add(RESETS, "not-kept")
+
+    def _route(self, message: Message, batch: Batch) -> None:
+        """Add the frame of ``message`` for all streams that it is for."""
+        channel, seq = message.channel, message.seq
+        group, individual = self._shared[0].get(channel), self._individual.get(channel)
+        labelled = self._shared[1].get(channel) if self._labels else None
+        recording = self._recording.get(channel) if seq else None
+        if group is None and labelled is None and individual is None and recording is None:
+            return
+        frame = self._frame(message)
+        with_label = events.label(channel, seq) + frame if self._labels else frame
+        self._number += 1
+        streams = 0
+        if recording is not None:
+            recording.append((seq, frame))
+        for each, form in (group, frame), (labelled, with_label):
+            if each is not None:
+                batch.add_for(each, self._number, form)
+                streams += len(each)
+        if individual is not None:
+            own, times = batch.own, batch.times
+            for sink in individual:
+                if not seq or seq > sink.position:
+                    own.setdefault(sink, [times]).append(with_label if sink.labels else frame)
+                    streams += 1
+        batch.deliveries += streams
+        batch.size += streams * len(frame)
+        if message.payload is None:
+            self.counts.add(RESETS, message.reason, streams)
+
+    def _send(self, batch: Batch) -> None:
+        # Counted for all streams of a batch: sending is what happens most often.
+        self.counts.deliver(batch.deliveries, batch.size)
+        self._fanout.send(batch)
 
     def _frame(self, message: Message) -> bytes:
         if message.payload is None:
@@ -278,30 +286,46 @@ class Hub:
             return events.frame(message.payload)
         return events.frame(message.payload, message.id)
 
-    def _unplace(self, sink: Sink) -> None:
-        before = self._sinks.get(sink)
-        if before is not None:
-            for channel in sink.audible:
-                del before[channel][sink]
-                if not before[channel]:
-                    del before[channel]
-
-    def _place(self, sink: Sink, place: dict[str, dict[Sink, None]]) -> None:
-        if self._passes and sink in self._sinks:
-            self.finish()
-        self._unplace(sink)
-        self._additions += 1
-        if sink not in self._sinks:
+    def _place(self, sink: Sink, streams_of: _Map) -> None:
+        if sink in self._sinks:
+            self.flush(sink)
+            self._displace(sink)
+        else:
+            self._additions += 1
             sink.beat = self._additions % BEATS
             self._labels += sink.labels
-        self._sinks[sink] = place
+        self._sinks[sink] = streams_of
         for channel in sink.audible:
-            place.setdefault(channel, {})[sink] = None
+            streams_of[channel][sink] = None
+        # The frames before this are not for it.
+        sink.reached = self._number
+
+    def _displace(self, sink: Sink) -> None:
+        streams_of = self._sinks[sink]
+        for channel in sink.audible:
+            del streams_of[channel][sink]
+            if not streams_of[channel]:
+                del streams_of[channel]
+        self._ahead.pop(sink, None)
+        # Neither what waits for it nor a pass that is under way is for it any more.
+        self._fanout.take(sink)
+        sink.reached = self._number
 
     def _settle(self) -> None:
-        for sink in dict.fromkeys(sink for sinks in self._ahead.values() for sink in sinks):
+        """Put the streams that were ahead among the others, once the broker's messages are as far."""
+        for sink in list(self._ahead):
             if sink.position <= self.seq:
                 self.add(sink)
+
+    def _group(self, sink: Sink) -> Group | None:
+        """Return the group that ``sink`` is in, if it is in one."""
+        group = self._sinks[sink].get(sink.audible[0]) if sink in self._sinks else None
+        return group if isinstance(group, Group) else None
+
+    def _is_up_to_date(self, sink: Sink) -> bool:
+        """Return whether ``sink`` has been sent all that was delivered."""
+        group = self._group(sink)
+        return group.idle if group is not None else sink not in self._fanout and self._sinks[sink] is not self._held
 
     def _note_unkept(self, channel: str) -> None:
         self.unkept.pop(channel, None)

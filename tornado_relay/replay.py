@@ -17,11 +17,11 @@ from typing import NamedTuple, Protocol, cast
 
 from .counts import HISTORY_FAILURES, REPLAYED
 from .errors import BrokerError, BrokerRefused, BrokerUnavailable
+from .fanout import Sink
 from .history import History
 from .history.page import FramedPage, Frames, Part, part
 from .history.spans import EARLIEST, Cursor, Spans, parse
 from .hub import Hub
-from .passes import Sink
 
 log = logging.getLogger(__name__)
 
@@ -342,7 +342,7 @@ class Replay:
         if gaps and stream.position >= 0:  # one that takes what there is misses nothing
             self._hub.tell(stream, "pruned-id", gaps)
         if given.data:
-            stream.send(given.data)
+            self._hub.send(stream, given.data)
             self._hub.counts.add(REPLAYED, number=len(given.data))
         stream.position = given.position
         if given.complete and stream in self._hub:

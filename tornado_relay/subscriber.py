@@ -28,7 +28,7 @@ _NOTHING: dict[str, int] = {}
 
 
 class Subscriber:
-    """A `hub.Sink`, and a `poller.Watcher` of its socket."""
+    """A `fanout.Sink`, and a `poller.Watcher` of its socket."""
 
     __slots__ = (
         "_drained",
@@ -49,6 +49,7 @@ class Subscriber:
         "opened_at",
         "packer",
         "position",
+        "reached",
         "reason",
         "request_id",
         "told",
@@ -73,9 +74,10 @@ class Subscriber:
         # When the stream is to end, by `time.monotonic`, if it has to.
         self.ends_at = ends_at
         self.on_close = on_close
-        # See `hub.Sink`.
+        # See `fanout.Sink`.
         self.position = 0
         self.beat = 0
+        self.reached = 0
         # Up to where it has been told of what is pruned, by channel.
         self.told = _NOTHING
         # None until `open`: what is delivered before the head is out was published before the page

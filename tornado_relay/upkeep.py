@@ -80,4 +80,4 @@ class Upkeep:
             for stream in batch:
                 if stream in self._hub and empty.issuperset(places_of(stream, here)):
                     stream.position = head.seq
-                    stream.send(events.position(str(head)))
+                    self._hub.send(stream, events.position(str(head)))

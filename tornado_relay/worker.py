@@ -259,6 +259,7 @@ class Worker:
             now = time.monotonic()
             for subscriber in self._subscribers():
                 if subscriber.ends_at is not None and now >= subscriber.ends_at:
+                    self.hub.flush(subscriber)
                     subscriber.end("expired", random.randint(*RETRY))
         parts = max(1, round(self.settings.heartbeat / TICK))
         self._beat = (self._beat + 1) % parts
@@ -280,6 +281,7 @@ class Worker:
                     await asyncio.wait_for(self._hurry.wait(), due - time.monotonic())
                 except asyncio.TimeoutError:
                     pass
+            self.hub.flush(subscriber)
             subscriber.end("drain", random.randint(*RETRY))
         if self.desk:
             self.desk.stop()
