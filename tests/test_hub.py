@@ -533,6 +533,27 @@ def test_stream_that_leaves_a_long_pass_costs_it_nothing(turns):
     assert all(len(sink.sent) == 1 for sink in many if sink in hub)
 
 
+@pytest.mark.parametrize("channels", ["a", "ab"])
+def test_stream_that_leaves_gets_nothing_of_what_waits(turns, channels):
+    """The hub forgets the frames for it, whether they wait for its group or for it alone."""
+    hub = Hub(later=turns.append)
+    many = [joined(hub, *channels) for _ in range(2 * TURN)]
+    hub.deliver([Message("a", "1")])
+    for sink in many[:TURN]:
+        hub.remove(sink)
+    while turns:
+        turns.run()
+    assert [len(sink.sent) for sink in many] == [0] * TURN + [1] * TURN
+
+
+@pytest.mark.parametrize("channels", ["a", "ab"])
+def test_new_history_within_a_batch_comes_between_its_events(history, channels):
+    """A page gets the events of the old history, then the reset, then those of the new one."""
+    sink = joined(history, *channels)
+    history.deliver([kept(5), kept(3), kept(4)])
+    assert texts(sink) == ["5", "reset", "3", "4"]
+
+
 @pytest.mark.parametrize("what", ["hold_all", "reset", "hold", "join"])
 def test_what_is_under_way_comes_before_a_change(turns, what):
     """A stream that is held, told of a loss, or put elsewhere has had all that was delivered before."""
