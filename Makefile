@@ -20,7 +20,7 @@ test: $(VENV)/test
 test-all: $(VENV)/test
 	SSE_RELAY_TEST_ALL=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Writes the README's table and chart into docs; make bench ARGS="--streams 5000".
+# Writes the tables and the chart of docs/fanout.md; make bench ARGS="--streams 5000".
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/fanout.py $(ARGS)
 

@@ -4,8 +4,9 @@
 
 Each server runs one worker and is given the same streams and events, in turn; what counts is the CPU time and the
 memory of its processes, read from /proc, so neither the load generator nor a busy machine is in the figures. Writes
-a table (fanout.md) and a chart (fanout.svg) to DIRECTORY, docs by default. nchan is measured where nginx has it
+two tables (fanout.md) and a chart (fanout.svg) to DIRECTORY, docs by default. nchan is measured where nginx has it
 (Debian: libnginx-mod-nchan), the predecessor where it can be installed, the floor where there is a C compiler.
+`pressure.py` measures the second table: the relay alone, up to twice the rate that it can send.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import redis
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
+import pressure  # noqa: E402
 from servers import RedisServer, free_port, until  # noqa: E402
 
 from tornado_relay import __version__  # noqa: E402
@@ -54,6 +56,12 @@ http {{ access_log off; nchan_shared_memory_size 256M;
     location = /publish {{ nchan_publisher; nchan_channel_id x; nchan_message_buffer_length 1000; }}
     location = /x {{ nchan_subscriber eventsource; nchan_channel_id x; nchan_subscriber_first_message newest; }} }} }}
 """
+
+UNDER_PRESSURE = (
+    "The delay of events from PUBLISH to a socket (99th percentile) and the memory of the worker, with {streams:,} streams. At "
+    "the rate 1 x the worker could just send each event to each stream with a system call of its own, by the CPU of a delivery "
+    "above. Beyond it the worker sends several events in one call. Publisher, Redis and reader share the machine."
+)
 
 
 class Figures(NamedTuple):
@@ -258,7 +266,7 @@ def of_floor(options, _):
     return measure(Server(FLOOR, platform.release(), [binary, port], port, "/", publisher), options)
 
 
-def table(found, options):
+def table(found, under_pressure, options):
     size, today = len(json.dumps(DATA)), datetime.datetime.now(tz=datetime.timezone.utc).date()
     work = f"{options.streams:,} streams on one channel, {RATE} events a second of {size} bytes for {options.seconds} s"
     lines = [
@@ -273,7 +281,18 @@ def table(found, options):
         opened = "" if each.name == FLOOR else f"{each.connect:.0f} µs"
         kept = "" if each.name == FLOOR else f"{each.memory:.1f} KiB"
         lines.append(f"| {each.name} | {each.version} | {each.delivery:.1f} µs | {opened} | {kept} |")
-    return "\n".join([*lines, "", "To repeat it: `make bench`.", ""])
+    lines += [
+        "",
+        "## Under pressure",
+        "",
+        UNDER_PRESSURE.format(streams=options.streams),
+        "",
+        *under_pressure,
+        "",
+        "To repeat it: `make bench`.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def machine():
@@ -330,10 +349,11 @@ def main():
     finally:
         server.stop()
         shutil.rmtree(options.home, ignore_errors=True)
+    under_pressure = pressure.measure(1e6 / (found[0].delivery * options.streams), options)
     options.out.mkdir(exist_ok=True)
-    (options.out / "fanout.md").write_text(table(found, options))
+    (options.out / "fanout.md").write_text(table(found, under_pressure, options))
     (options.out / "fanout.svg").write_text(chart(found, options))
-    print(table(found, options))
+    print(table(found, under_pressure, options))
 
 
 if __name__ == "__main__":
