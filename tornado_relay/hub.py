@@ -224,15 +224,19 @@ class Hub:
 
     def heartbeat(self, part: int = 0, parts: int = 1) -> None:
         """
-        Send a comment to a part of all streams, and the newest id to those that have all up to it, to come back there.
+        Send the newest position to those streams of a part that have moved to it, and a comment to the others.
 
         Spread over ``parts``, since one to all at a time would keep events waiting.
         """
-        # What is still to be sent must not be behind its own id.
+        # A position must not overtake the events up to it.
         known = self.history and self.id and not self._passes
-        here = b":\n" + events.position(self.id) if known else b":\n\n"
+        here = events.position(self.id) if known else b""
         for sink, place in [pair for pair in self._sinks.items() if pair[0].beat % parts == part]:
-            sink.send(here if place is not self._held and sink.position <= self.seq else b":\n\n")
+            if here and place is not self._held and sink.position < self.seq:
+                sink.position = self.seq
+                sink.send(here)
+            else:
+                sink.send(events.HEARTBEAT)
 
     def reset(self, reason: str) -> None:
         """Tell every stream that it may have missed events, and on which of its channels."""
