@@ -9,11 +9,16 @@ import zlib
 
 from servers import PATIENCE
 
+from tornado_relay.events import OF_THE_STREAM
 from tornado_relay.eventsource import Parser
 
 
 class Page:
-    """One stream, as a page would hold it. ``events`` is what it got, in order."""
+    """
+    One stream, as a page would hold it.
+
+    ``events`` is what it got, in order; ``positions`` are the events by which the relay told it where it is.
+    """
 
     def __init__(self, port, path, headers=None, *, version="1.1", method="GET", unix_socket=""):
         if unix_socket:
@@ -30,6 +35,7 @@ class Page:
         self.status = None
         self.body = b""
         self.events = []
+        self.positions = []
         self.closed = False
         self.parser = Parser()
         # What has come of a chunk that is not whole yet, and whether the last one has come.
@@ -64,7 +70,8 @@ class Page:
             self.packed += len(data)
             data = self.inflate(data)
         self.body += data
-        self.events += self.parser.feed(self._decode(data))
+        for event in self.parser.feed(self._decode(data)):
+            (self.positions if event.event in OF_THE_STREAM else self.events).append(event)
         if len(self.body) >= int(self.headers.get("content-length", 1 << 40)):
             self.close()
 

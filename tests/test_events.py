@@ -5,7 +5,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tornado_relay import EventError
-from tornado_relay.events import KEYS, Event, encode, parse, serialize, stream_reset
+from tornado_relay.events import (
+    HEARTBEAT,
+    KEYS,
+    Event,
+    encode,
+    frame,
+    parse,
+    position,
+    serialize,
+    stream_open,
+    stream_reset,
+)
 from tornado_relay.eventsource import Parser, Received
 
 # Anything a Python string may hold, with what the wire format treats specially more often than chance would.
@@ -194,6 +205,38 @@ def test_stream_reset_names_reason_and_channels():
     (received,), _ = read(stream_reset("broker-reconnect", ("a", "b")))
     assert received.event == "stream-reset"
     assert json.loads(received.data) == {"reason": "broker-reconnect", "channels": ["a", "b"]}
+
+
+@given(texts, st.booleans())
+def test_stream_open_tells_the_position_as_id_and_data(place, resumed):
+    """A client keeps it as its last event id, a page can read it, and no text adds a field."""
+    (received,), parser = read(stream_open(place, resumed=resumed))
+    told = json.loads(received.data)
+    assert (received.event, told["resumed"]) == ("stream-open", resumed)
+    if not set(place) & set("\r\n\0") and place.isprintable():
+        assert received.id == parser.last_event_id == told["id"] == place
+
+
+def test_position_is_an_event_with_data():
+    """Firefox, WebKit and several libraries forget the id of a block without data."""
+    assert position("aaaaaaaa-7") == b'id: aaaaaaaa-7\nevent: stream-position\ndata: {"id":"aaaaaaaa-7"}\n\n'
+
+
+def test_place_of_an_event_follows_the_id_of_its_publisher():
+    """The page sees the publisher's id; a client that comes back sends the exact place."""
+    own = frame('{"id":"own","data":"x"}', "aaaaaaaa-7")
+    assert own == b"id: own\ndata: x\n\n" + position("aaaaaaaa-7")
+    assert frame('{"data":"x"}', "aaaaaaaa-7") == b"id: aaaaaaaa-7\ndata: x\n\n"
+
+
+@given(
+    st.lists(st.builds(Event, data=texts, event=texts | st.none(), id=texts | st.none(), sep=separators), max_size=4)
+)
+def test_heartbeat_between_any_two_blocks_changes_nothing(blocks):
+    """It is a comment line of the block behind it, whatever line ends the block before it has."""
+    frames = [stream_reset("x", ("a",)), *map(encode, blocks), position("aaaaaaaa-7")]
+    with_heartbeats = [part for block in frames for part in (HEARTBEAT, block, HEARTBEAT, HEARTBEAT)]
+    assert read(*with_heartbeats)[0] == read(*frames)[0]
 
 
 def test_keys_are_those_of_the_contract():

@@ -6,6 +6,7 @@ import pytest
 
 from tornado_relay.brokers.message import Message
 from tornado_relay.counts import DELIVERIES, EVENTS, FANOUT, LATENCY, RESETS
+from tornado_relay.events import HEARTBEAT, position
 from tornado_relay.fanout import TURN
 from tornado_relay.hub import Hub
 
@@ -129,7 +130,7 @@ def test_stream_that_leaves_while_it_is_sent_to_disturbs_no_other(hub):
     hub.add(Leaving("a"))
     hub.deliver([Message("a", "x")])
     hub.heartbeat()
-    assert stays.sent == [b"data: x\n\n", b":\n\n"]
+    assert stays.sent == [b"data: x\n\n", HEARTBEAT]
 
 
 def test_reset_names_each_streams_own_channels(hub):
@@ -171,7 +172,7 @@ def test_held_stream_gets_heartbeats_only(history):
     history.deliver([kept(2), kept(3), kept(4)])
     history.deliver([kept(5)])
     frames = [b"id: aaaaaaaa-%d\ndata: %d\n\n" % (seq, seq) for seq in (4, 5)]
-    assert sink.sent == [b":\n\n", *frames]
+    assert sink.sent == [HEARTBEAT, *frames]
     assert not history._ahead  # noqa: SLF001
 
 
@@ -181,8 +182,35 @@ def test_heartbeat_moves_no_stream_back(history):
     late.position = 7
     history.deliver([kept(5)])
     history.heartbeat()
-    assert early.sent[-1] == b":\nid: aaaaaaaa-5\n\n"
-    assert late.sent == [b":\n\n"]
+    assert early.sent[-1] == position("aaaaaaaa-5")
+    assert late.sent == [HEARTBEAT]
+
+
+def test_heartbeat_without_a_history_is_one_line(hub):
+    """It ends no block, because some clients take a block without data for an event."""
+    sink = joined(hub, "a")
+    hub.heartbeat()
+    hub.deliver([Message("a", "x")])
+    hub.heartbeat()
+    assert sink.sent == [b":\n", b"data: x\n\n", b":\n"]
+
+
+def test_heartbeat_tells_a_position_once(history):
+    """A stream gets the position again only if that has moved, by an event on any channel."""
+    sink = joined(history, "a")
+    history.deliver([kept(5, "b")])
+    for _ in range(3):
+        history.heartbeat()
+    assert sink.sent == [position("aaaaaaaa-5"), HEARTBEAT, HEARTBEAT]
+    history.deliver([kept(6, "b"), kept(7)])
+    for _ in range(2):
+        history.heartbeat()
+    assert sink.sent[3:] == [b"id: aaaaaaaa-7\ndata: 7\n\n", position("aaaaaaaa-7"), HEARTBEAT]
+    opened = Sink("a")
+    opened.position = 7  # as its stream-open says
+    history.join(opened)
+    history.heartbeat()
+    assert opened.sent == [HEARTBEAT]
 
 
 def test_losing_the_broker_holds_each_stream_where_it_is(history):
@@ -561,7 +589,7 @@ def test_what_is_under_way_comes_before_a_change(turns, what):
     many = [joined(hub, "many") for _ in range(2 * TURN)]
     hub.deliver([Message("many", "1", "00000000-1", 1)])
     hub.heartbeat()
-    assert many[-1].sent == [b":\n\n"]  # no id of what it does not have yet
+    assert many[-1].sent == [HEARTBEAT]  # no id of what it does not have yet
     {"hold_all": hub.hold_all, "reset": lambda: hub.reset("broker-reconnect")}.get(
         what, lambda: getattr(hub, what)(many[-1])
     )()

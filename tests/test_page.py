@@ -1,10 +1,11 @@
 """What a stream gets of pages, as plain functions."""
 
+from tornado_relay.events import position
 from tornado_relay.history.page import PART_BYTES, FramedPage, Page, Part, Row, part
 from tornado_relay.history.spans import Cursor
 
 HEAD = Cursor("aaaaaaaa", 100)
-HERE = b"id: aaaaaaaa-100\n\n"
+HERE = position(str(HEAD))
 
 
 def frames(*numbers, size=0):
@@ -59,11 +60,12 @@ def test_stream_that_is_further_than_the_head():
     assert part(102, {"a": whole()}, [frames(101, 102)], HEAD) == Part(b"", 102, True, {})
 
 
-def test_place_is_said_only_if_it_has_moved():
-    """An id that the last event gave is not repeated."""
+def test_end_tells_the_place_unless_the_last_event_has():
+    """A client that gets no event may have an older id, or an id of a publisher's own."""
     assert part(2, {"a": whole(100)}, [[]], HEAD) == Part(b"100.", 100, True, {})
-    assert part(100, {"a": whole()}, [[]], HEAD) == Part(b"", 100, True, {})
+    assert part(100, {"a": whole()}, [[]], HEAD) == Part(HERE, 100, True, {})
     assert part(2, {"a": whole()}, [[]], HEAD) == Part(HERE, 100, True, {})
+    assert part(-1, {"a": whole()}, [[]], HEAD).data == HERE
 
 
 def test_part_is_bounded_over_many_channels():

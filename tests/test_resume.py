@@ -37,6 +37,41 @@ def test_header_and_query(relay, kept, pages, channel):
     got(pages, by_both, "3")
 
 
+def opened(pages, page):
+    pages.until(lambda: page.positions, "the stream-open event")
+    return page.positions[0].event, page.positions[0].id, json.loads(page.positions[0].data)
+
+
+@pytest.mark.parametrize("name", ["last_event_id", "lastEventId", "lastEventID", "Last-Event-ID"])
+def test_names_of_the_last_id_in_the_address(relay, kept, pages, channel, name):
+    """Each name of a client library works, and is newer than the id with which the page began."""
+    kept.publish(channel, "1", "2")
+    first = kept.publisher.newest()
+    kept.publish(channel, "3")
+    for more in ("", "&last_event_id=", "&last_event_id=earliest", "&lastEventId=&Last-Event-ID="):
+        if name not in more:
+            (page,) = pages.open(relay.port, [f"/channel={channel}?{name}={first}{more}"])
+            got(pages, page, "3")
+    (page,) = pages.open(relay.port, [f"/channel={channel}?{name}=earliest"], {"Last-Event-ID": first})
+    got(pages, page, "3")
+
+
+def test_stream_open_tells_where_the_stream_begins(relay, kept, pages, channel):
+    """A new stream begins at the newest position, and one that comes back at the id that it sent."""
+    kept.publish(channel, "x", id="own ü")
+    newest = kept.publisher.newest()
+    (fresh,) = pages.open(relay.port, [f"/channel={channel}"])
+    assert opened(pages, fresh) == ("stream-open", newest, {"id": newest, "resumed": False})
+    for last in (newest, "own ü", "earliest"):
+        back = come_back(pages, relay, channel, last)
+        assert opened(pages, back) == ("stream-open", last, {"id": last, "resumed": True})
+        pages.until(lambda back=back: back.parser.last_event_id == newest, "the place up to which it has everything")
+        assert not resets(back)
+    unknown = come_back(pages, relay, channel, "unknown")
+    assert opened(pages, unknown) == ("stream-open", newest, {"id": newest, "resumed": False})
+    assert unknown.body.index(b"stream-reset") < unknown.body.index(b"\nid: ")
+
+
 def test_labels_of_what_was_missed(relay, kept, pages, channel):
     """They come with the history too: of each event its channel, and the number that its id has, also behind one of its own."""
     (page,) = pages.open(relay.port, [f"/channel={channel}"])
@@ -242,6 +277,8 @@ def test_heartbeat_moves_the_id_of_idle_streams(kept, tmp_path, pages, channel):
         got(pages, busy, "1", "2")
         pages.until(lambda: quiet.parser.last_event_id == busy.events[-1].id, "a heartbeat with the id")
         assert not quiet.events
+        assert [event.event for event in quiet.positions] == ["stream-open", "stream-position"]
+        pages.until(lambda: quiet.body.endswith(b"\n\n:\n:\n"), "heartbeats that move nothing")
 
 
 def test_streams_at_one_place_share_their_reads(kept_postgres, tmp_path, pages, channel):

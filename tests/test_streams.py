@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 import struct
 import time
@@ -38,6 +39,27 @@ def test_stream_headers_and_first_bytes(relay, pages):
     assert page.body.startswith(b": ")
     pages.until(lambda: page.parser.retry, "a retry time")
     assert 1000 <= page.parser.retry <= 10_000
+
+
+def test_first_block_tells_that_there_is_no_history(relay, pages, channel):
+    """The first block is an event with data, so that every client keeps its id and sends it later."""
+    plain, labelled = pages.open(relay.port, [f"/events?channel={channel}{more}" for more in ("", "&labels=1")])
+    pages.until(lambda: plain.positions and labelled.positions, "the first block")
+    opened = rb'id: none\nevent: stream-open\ndata: {"id":"none","resumed":false}\n\n'
+    assert re.match(rb": sse-relay-server\nretry: \d+\n" + opened, plain.body)
+    assert re.match(rb": sse-relay-server\nretry: \d+\nheartbeat: 15\nfolds: [01]\n" + opened, labelled.body)
+
+
+@pytest.mark.parametrize("labels", ["", "&labels=1"])
+def test_reset_of_a_return_comes_before_the_position(relay, pages, channel, labels):
+    """A page that is cut between the two blocks keeps its old id, and is told at its next return."""
+    (page,) = pages.open(relay.port, [f"/events?channel={channel}&last_event_id=none{labels}"])
+    pages.until(lambda: page.positions, "the first blocks")
+    first, second, rest = page.body.split(b"\n\n")
+    reset = json.dumps({"reason": "unknown-id", "channels": [channel]}, separators=(",", ":")).encode()
+    assert re.fullmatch(rb": sse-relay-server\nretry: \d+\nevent: stream-reset\ndata: " + re.escape(reset), first)
+    assert second.endswith(b'id: none\nevent: stream-open\ndata: {"id":"none","resumed":false}')
+    assert (b"heartbeat: " in second, rest) == (bool(labels), b"")
 
 
 def test_many_channels_in_one_stream_keep_the_order_of_the_broker(relay, broker, pages, channel):
@@ -87,8 +109,9 @@ def test_idle_stream_gets_comments(broker, tmp_path, pages):
     """A comment comes every RELAY_HEARTBEAT seconds, and is no event."""
     with Relay(tmp_path, "--workers", "1", "--heartbeat", "1", **broker.environment) as relay:
         (page,) = pages.open(relay.port, ["/channel=x"])
-        pages.until(lambda: page.body.count(b":\n\n") >= 2, "two heartbeats")
+        pages.until(lambda: page.body.endswith(b"\n\n:\n:\n"), "two heartbeats")
         assert not page.events
+        assert len(page.positions) == 1
 
 
 def test_stream_ends_when_its_time_is_up(broker, tmp_path, pages):

@@ -25,6 +25,14 @@ MAX_KEPT_BYTES = 1_048_576
 MAX_OWN_ID = 200
 SEPARATORS = ("\n", "\r\n", "\r")
 
+OPEN = "stream-open"
+POSITION = "stream-position"
+OF_THE_STREAM = frozenset({OPEN, POSITION})
+"""Types of the events that tell a client its position; no publisher has sent them."""
+
+HEARTBEAT = b":\n"
+"""A comment line. Some clients would take a blank line behind it for an event without data."""
+
 _KEY_SET = frozenset(KEYS)
 _LINE_BREAK = re.compile("\r\n|\r|\n")
 _BREAKS_A_FIELD = re.compile("[\r\n\0]")
@@ -171,9 +179,8 @@ def frame(payload: str, kept_as: str = "") -> bytes:
     """
     Return the frame of a broker's payload.
 
-    Where a history knows the event as ``kept_as`` that goes with it, so that a browser that comes back says how
-    far it got. An id of the publisher's own stays; ours follows in a block of its own, which moves a
-    browser's last event id and fires nothing (HTML standard, "dispatch the event").
+    If a history knows the event as ``kept_as``, that goes with it, so that a browser that comes
+    back says how far it got. An id of the publisher's own stays; `position` with ours follows.
     """
     event = parse(payload)
     if not kept_as:
@@ -183,9 +190,19 @@ def frame(payload: str, kept_as: str = "") -> bytes:
     return encode(event) + position(kept_as)
 
 
+def stream_open(event_id: str, *, resumed: bool) -> bytes:
+    """Return the event that begins a stream at ``event_id``, which the client sent if ``resumed``."""
+    return encode(Event(event=OPEN, id=event_id, data=_to_json({"id": event_id, "resumed": resumed})))
+
+
 def position(event_id: str) -> bytes:
-    """Return the block that makes ``event_id`` a browser's last event id."""
-    return b"id: %b\n\n" % event_id.encode()
+    """
+    Return the event that makes ``event_id`` a client's last event id.
+
+    It has data because Firefox, WebKit and several libraries forget the id of a block without
+    data, although the HTML standard says that they keep it ("dispatch the event").
+    """
+    return encode(Event(event=POSITION, id=event_id, data=_to_json({"id": event_id})))
 
 
 def label(channel: str, seq: int) -> bytes:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
+from . import events
 from .errors import BrokerUnavailable, RelayError
 
 
@@ -84,7 +85,7 @@ class Parser:
 
 class Connection:
     """
-    One connection to a stream.
+    One connection to a stream: it yields all events but those that tell the stream's position.
 
     Args:
         url: ``http://host:port/channel=NAME``.
@@ -162,7 +163,8 @@ class Connection:
         except (OSError, http.client.HTTPException):
             return False
         self.ended = not chunk
-        self._waiting += self.parser.feed(self._decode(chunk))
+        received = self.parser.feed(self._decode(chunk))
+        self._waiting += (each for each in received if each.event not in events.OF_THE_STREAM)
         return bool(chunk)
 
     def close(self) -> None:
@@ -185,7 +187,7 @@ def listen(url: str, on_trouble: Callable[[str], None], *, unix_socket: str = ""
         try:
             connection = Connection(url, unix_socket=unix_socket, last_event_id=last_event_id)
             yield from connection
-            # Also what moved it without an event: the place at which the stream began, and heartbeats.
+            # Not that of the last event: also heartbeats move it.
             last_event_id = connection.parser.last_event_id or last_event_id
             retry = connection.parser.retry or retry
             on_trouble("the stream ended")

@@ -193,15 +193,18 @@ class Hub:
 
     def heartbeat(self, part: int = 0, parts: int = 1) -> None:
         """
-        Send a comment to a part of all streams, and the newest id to those that have all up to it, to come back there.
+        Send the newest position to those streams of a part that have moved to it, and a comment to the others.
 
         Spread over ``parts``, since one to all at a time would keep events waiting.
         """
-        known = self.history and self.id
-        here = b":\n" + events.position(self.id)
+        here = events.position(self.id) if self.history and self.id else b""
         for sink in [sink for sink in self._sinks if sink.beat % parts == part]:
-            moves = known and sink.position <= self.seq and self._is_up_to_date(sink)
-            sink.send(here if moves else b":\n\n")
+            # A position must not overtake the events up to it.
+            if here and sink.position < self.seq and self._is_up_to_date(sink):
+                sink.position = self.seq
+                sink.send(here)
+            else:
+                sink.send(events.HEARTBEAT)
 
     def reset(self, reason: str) -> None:
         """Tell every stream that it may have missed events, and on which of its channels."""

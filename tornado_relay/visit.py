@@ -37,6 +37,10 @@ ENDS = {
 # The id of streams that no history can bring up to date: one that comes back with it is told so.
 NO_HISTORY = "none"
 
+# Names of the last id in an address. Client libraries add the first three when they reconnect, so
+# those are newer than `last_event_id`, with which a page begins.
+LAST_IDS = ("lastEventId", "lastEventID", "Last-Event-ID", "last_event_id")
+
 
 class Visit:
     """
@@ -178,21 +182,21 @@ class Visit:
         """Send the head and the first block, and deliver from now on."""
         relay, replay, counts = self._relay, self._relay.replay, self._relay.hub.counts
         begin = b": sse-relay-server\nretry: %d\n" % random.randint(*RETRY)
-        if subscriber.labels:
-            # How long silence may last, and whether events of "a" are for a page on "A" too.
-            folds = len(relay.reader.audible(("A",))) > 1
-            begin += b"heartbeat: %g\nfolds: %d\n" % (relay.settings.heartbeat, folds)
         if last is None:
             newest = replay.newest if replay else None
-            subscriber.position = newest.seq if newest else 0
-            begin += events.position(str(newest or NO_HISTORY))
+            subscriber.position, place = newest.seq if newest else 0, str(newest or NO_HISTORY)
             if self.last_event_id:
+                # Before the new position: a page that is cut between the two is told when it comes back.
                 begin += events.stream_reset("unknown-id", self.channels)
                 counts.add(RESETS, "unknown-id")
         else:
             counts.add(REPLAYS)
-            subscriber.position = last
-            begin += b"\n"
+            subscriber.position, place = last, self.last_event_id
+        if subscriber.labels:
+            # How long silence may last, and whether events of "a" are for a page on "A" too.
+            folds = len(relay.reader.audible(("A",))) > 1
+            begin += b"heartbeat: %g\nfolds: %d\n" % (relay.settings.heartbeat, folds)
+        begin += events.stream_open(place, resumed=last is not None)
         origin, now = self._request.headers.get("Origin"), time.monotonic()
         packer = relay.packer(self._request)
         head = relay.head(origin, packer) + (packer.begin(begin) if packer else begin)
@@ -282,7 +286,7 @@ def _last_event_id(request: HTTPServerRequest) -> str:
         sent = header.encode("latin-1").decode()  # browsers send UTF-8
     except UnicodeError:
         sent = header
-    return sent or _query(request, "last_event_id")
+    return sent or next(filter(None, (_query(request, name) for name in LAST_IDS)), "")
 
 
 def _query(request: HTTPServerRequest, name: str) -> str:

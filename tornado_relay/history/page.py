@@ -98,9 +98,10 @@ def part(
     tail = list(heapq.merge(*([pair for pair in frames if pair[0] > end] for frames in tails)))
     if tail:
         return Part(_joined([*taken, *tail]), tail[-1][0], True, gaps)
-    # A place that nothing new comes to grows old, and would be pruned some day.
-    here = events.position(str(head)) if end > max(position, taken[-1][0] if taken else 0) else b""
-    return Part(_joined(taken) + here, end, True, gaps)
+    # The last event may have told the end already. If there is none, the client may still have an
+    # older id, which would be pruned some day, or one of a publisher's own.
+    told = end > head.seq or (taken and taken[-1][0] == end)
+    return Part(_joined(taken) + (b"" if told else events.position(str(head))), end, True, gaps)
 
 
 def _labelled(channel: str, frames: Frames) -> Frames:
