@@ -6,6 +6,7 @@ import pytest
 from tornado_relay.brokers.message import Message
 from tornado_relay.counts import DELIVERIES, EVENTS, FANOUT, LATENCY, RESETS
 from tornado_relay.hub import TURN, Hub
+from tornado_relay.unkept import Unkept
 
 
 class Sink:
@@ -224,9 +225,9 @@ def test_payload_that_could_not_be_read_is_said(history):
     assert [b"stream-reset" in part for part in sink.sent[0].split(b"\n\n")] == [False, True, False, False]
 
 
-def test_channels_without_a_history_are_remembered_and_bounded(history, monkeypatch):
+def test_channels_without_a_history_are_remembered_and_bounded(history):
     """The newest of them."""
-    monkeypatch.setattr("tornado_relay.hub.MAX_UNKEPT", 2)
+    history.unkept = Unkept(2)
     for channel in "abcb":
         joined(history, channel)
         history.deliver([Message(channel, "x")])
