@@ -234,6 +234,35 @@ def test_channels_without_a_history_are_remembered_and_bounded(history):
     assert list(history.unkept) == ["c", "b"]
 
 
+def test_channel_that_many_others_drove_out_is_still_told(history):
+    """A plain NOTIFY is announced to a page that returns, even after 10,000 other channels had one."""
+    away = Sink("a")
+    away.position = 5
+    history.deliver([kept(5)._replace(channel="a"), Message("a", "by hand")])
+    history.deliver([Message(f"other {number}", "x") for number in range(10_000)])
+    # No kept message has given them a place yet, so a stream on any forgotten channel may have missed one.
+    assert history.missed_unkept(away) == ("a",)
+    assert "a" in history.unkept
+    assert len(list(history.unkept)) == 10_000
+    history.deliver([kept(7), kept(9)])
+    missed = {}
+    for away.position in (-1, 0, 5, 6, 7, 9):
+        missed[away.position] = history.missed_unkept(away)
+    assert missed == {-1: (), 0: ("a",), 5: ("a",), 6: ("a",), 7: (), 9: ()}
+    history.deliver([Message("one more", "x")])
+    assert history.missed_unkept(away) == ()
+    history.restart("history-lost", 0)
+    assert history.missed_unkept(away) == ("a",)
+
+
+def test_gap_on_a_channel_that_many_others_drove_out_is_told(history):
+    """The streams on it learn of the gap, because nobody knows any more that it had no event outside the history."""
+    sink = joined(history, "a")
+    history.deliver([Message("a", "by hand"), *(Message(f"other {number}", "x") for number in range(10_000))])
+    history.deliver([Message("a", None, reason="broker-reconnect")])
+    assert b'"reason":"broker-reconnect","channels":["a"]' in sink.sent[-1]
+
+
 def test_event_that_no_history_keeps_has_its_place(history):
     """Who is behind the next message that is kept has had it, on whatever channel that came."""
     sink = joined(history, "a", "b")
