@@ -64,9 +64,9 @@ def on_redis(server, kind):
         if kind == "bare":
             return lambda _: client.publish(channel, PAYLOAD)
         keys = (KEYS.state, KEYS.spans, KEYS.events(channel), KEYS.own_ids(channel))
-        client.eval(script, len(keys), *keys, channel, PAYLOAD, "", "1", "")
+        client.eval(script, len(keys), *keys, channel, PAYLOAD, "", "1", "", "", "")
         digest = scripts.digest(script)
-        return lambda _: client.evalsha(digest, len(keys), *keys, channel, PAYLOAD, "", "", "")
+        return lambda _: client.evalsha(digest, len(keys), *keys, channel, PAYLOAD, "", "", "", "", "")
 
     return make
 

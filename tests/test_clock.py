@@ -1,15 +1,47 @@
-"""A relay whose machine's clock is set while it runs, by libfaketime: what lasts, lasts as long as it should."""
+"""A relay or a Redis whose clock is set while it runs, by libfaketime: what lasts, lasts as long as it should."""
 
+import json
 import socket
+from contextlib import closing
 
 import pytest
 from clock import Clock
+from outages import Proxy
+from pages import come_back, data_of, got, resets
+from redis_group import Member
 from relay import Relay, watched
-from servers import PATIENCE, until
+from servers import PATIENCE, old_redis_binary, until
 
 from tornado_relay import subscribe_token
+from tornado_relay.publish import open_publisher
 
 SECRET = "s" * 32
+
+
+class ClockedRedis(Member):
+    """A Redis with a clock of its own. It is the wheel's, because libfaketime does not work with jemalloc."""
+
+    def __init__(self, folder, *options, **more):
+        folder.mkdir(mode=0o755)
+        self.clock = Clock(folder)
+        super().__init__(folder / "data", *options, binary=old_redis_binary(), **more)
+
+    def command(self):
+        return ["env", *(f"{name}={value}" for name, value in self.clock.environment.items()), *super().command()]
+
+
+@pytest.fixture
+def clocked(home, channel):
+    """Make such servers, and end them."""
+    made = []
+
+    def make(*options, **more):
+        made.append(ClockedRedis(home / f"{channel}-clocked-{len(made)}", *options, **more))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
 
 
 @pytest.fixture
@@ -58,3 +90,96 @@ def test_clock_of_the_test_is_set(tmp_path, clock, redis_server):
         before = year()
         clock.set("-730d")
         until(lambda: year() == before - 2, "another year")
+
+
+class Kept:
+    """A Redis with its clock, behind an address, whose events are kept for four seconds."""
+
+    def __init__(self, server, proxy, channel):
+        self.server = server
+        self.key = f"sse-relay:events:{channel}"
+        self.channel = channel
+        self.environment = {"REDIS_URL": f"redis://127.0.0.1:{proxy.port}", "RELAY_HISTORY": "100"}
+        self.publisher = open_publisher("redis", self.environment["REDIS_URL"])
+
+    def publish(self, data):
+        self.publisher.publish(self.channel, json.dumps({"data": data}))
+
+    def wait_until_expired(self):
+        until(lambda: not self.server.client.exists(self.key), "the events have expired")
+
+
+def pruned(pages, relay, channel, last_event_id):
+    """Come back, and be told that events have expired."""
+    back = come_back(pages, relay, channel, last_event_id)
+    pages.until(lambda: resets(back), "an answer")
+    assert resets(back) == [{"reason": "pruned-id", "channels": [channel]}]
+    return back
+
+
+@pytest.mark.parametrize("how", ["is set back", "is behind after a restart", "is behind on the successor"])
+def test_expired_events_are_announced_if_the_clock_of_redis(clocked, tmp_path, pages, channel, how):
+    """Numbers are ahead of the time then, for an hour. A page whose channel lost nothing is not told."""
+    server = clocked(persistent=True)
+    server.clock.set("+1h")
+    if how == "is behind on the successor":
+        successor = clocked("--replicaof", "127.0.0.1", str(server.port), "--repl-diskless-sync-delay", "0")
+    with Proxy(server.port) as proxy:
+        kept = Kept(server, proxy, channel)
+        flags = ("--workers", "1", "--history-seconds", "4")
+        with Relay(tmp_path, *flags, **kept.environment) as relay, closing(kept.publisher):
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            kept.publish("0")
+            got(pages, page, "0")
+            if how == "is set back":
+                server.clock.set("+0")
+            elif how == "is behind after a restart":
+                server.stop()
+                server.clock.set("+0")
+                server.start()
+            else:
+                until(lambda: successor.client.xlen(kept.key) == 1, "the successor has all")
+                successor.client.replicaof("NO", "ONE")
+                kept.server = successor
+                proxy.lead_to(successor.port)
+            if how != "is set back":
+                until(lambda: relay.log.count("Redis connected") == 2, "the relay is back", 40)
+            kept.publish("1")
+            got(pages, page, "0", "1")
+            place = page.events[-1].id
+            assert int(place.partition("-")[2]) / 1e6 > kept.server.client.time()[0] + 3000
+            kept.publish("2")
+            kept.wait_until_expired()
+            pruned(pages, relay, channel, place)
+            kept.publish("3")
+            got(pages, pruned(pages, relay, channel, place), "3")
+            # Events that are still kept are no reason to tell anybody.
+            kept.publish("4")
+            pages.until(lambda: data_of(page)[-1:] == ["4"], "the event")
+            last = page.parser.last_event_id
+            kept.publish("5")
+            (back, quiet) = (come_back(pages, relay, name, last) for name in (channel, f"{channel}-quiet"))
+            got(pages, back, "5")
+            assert not resets(back)
+            assert not resets(quiet)
+
+
+def test_events_that_expired_while_the_clock_of_redis_was_ahead_are_announced(clocked, tmp_path, pages, channel):
+    """For a moment only, in which no event came. By the right time they would still be there."""
+    server = clocked()
+    with Proxy(server.port) as proxy:
+        kept = Kept(server, proxy, channel)
+        flags = ("--workers", "1", "--history-seconds", "1000")
+        with Relay(tmp_path, *flags, **kept.environment) as relay, closing(kept.publisher):
+            (page,) = pages.open(relay.port, [f"/channel={channel}"])
+            kept.publish("1")
+            kept.publish("2")
+            got(pages, page, "1", "2")
+            before = int(server.client.hget("sse-relay:history", "seq"))
+            server.clock.set("+1h")
+            kept.wait_until_expired()
+            until(
+                lambda: int(server.client.hget("sse-relay:history", "seq")) > before + 3 * 10**9, "a look at the time"
+            )
+            server.clock.set("+0")
+            pruned(pages, relay, channel, page.events[0].id)

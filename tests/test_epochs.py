@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pages import come_back, got, resets
+from pages import come_back, data_of, got, resets
 from relay import Relay, run
 from servers import PostgresServer, RedisServer, execute, until
 
@@ -131,6 +131,24 @@ def test_database_that_was_set_back_is_a_new_epoch(home, tmp_path, pages, channe
             got(pages, come_back(pages, relay, channel, true), "new")
     finally:
         server.stop("immediate")
+
+
+def test_sequence_that_is_set_back_is_no_new_epoch(kept_postgres, tmp_path, pages, channel):
+    """ALTER SEQUENCE ... RESTART under a running relay: publishers go on, and so do streams, without a reset."""
+    with Relay(tmp_path, "--workers", "1", **kept_postgres.environment) as relay:
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        kept_postgres.publish(channel, "1", "2", "3")
+        got(pages, page, "1", "2", "3")
+        kept_postgres.execute("ALTER SEQUENCE sse_relay.event_id RESTART")
+        back = come_back(pages, relay, channel, page.events[1].id)
+        got(pages, back, "3")
+        kept_postgres.publish(channel, "4", "5", "6")
+        for each in (page, back, come_back(pages, relay, channel, page.events[0].id)):
+            pages.until(lambda each=each: data_of(each)[-1:] == ["6"], "all events")
+            assert not resets(each)
+        got(pages, page, "1", "2", "3", "4", "5", "6")
+        got(pages, back, "3", "4", "5", "6")
+        got(pages, come_back(pages, relay, channel, page.events[3].id), "5", "6")
 
 
 def _copy(source: Path, target: Path):

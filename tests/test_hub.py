@@ -9,6 +9,7 @@ from tornado_relay.counts import DELIVERIES, EVENTS, FANOUT, LATENCY, RESETS
 from tornado_relay.events import HEARTBEAT, position
 from tornado_relay.fanout import TURN
 from tornado_relay.hub import Hub
+from tornado_relay.unkept import Unkept
 
 
 class Sink:
@@ -253,13 +254,42 @@ def test_payload_that_could_not_be_read_is_said(history):
     assert [b"stream-reset" in part for part in sink.sent[0].split(b"\n\n")] == [False, True, False, False]
 
 
-def test_channels_without_a_history_are_remembered_and_bounded(history, monkeypatch):
+def test_channels_without_a_history_are_remembered_and_bounded(history):
     """The newest of them."""
-    monkeypatch.setattr("tornado_relay.hub.MAX_UNKEPT", 2)
+    history.unkept = Unkept(2)
     for channel in "abcb":
         joined(history, channel)
         history.deliver([Message(channel, "x")])
     assert list(history.unkept) == ["c", "b"]
+
+
+def test_channel_that_many_others_drove_out_is_still_told(history):
+    """A plain NOTIFY is announced to a page that returns, even after 10,000 other channels had one."""
+    away = Sink("a")
+    away.position = 5
+    history.deliver([kept(5)._replace(channel="a"), Message("a", "by hand")])
+    history.deliver([Message(f"other {number}", "x") for number in range(10_000)])
+    # No kept message has given them a place yet, so a stream on any forgotten channel may have missed one.
+    assert history.missed_unkept(away) == ("a",)
+    assert "a" in history.unkept
+    assert len(list(history.unkept)) == 10_000
+    history.deliver([kept(7), kept(9)])
+    missed = {}
+    for away.position in (-1, 0, 5, 6, 7, 9):
+        missed[away.position] = history.missed_unkept(away)
+    assert missed == {-1: (), 0: ("a",), 5: ("a",), 6: ("a",), 7: (), 9: ()}
+    history.deliver([Message("one more", "x")])
+    assert history.missed_unkept(away) == ()
+    history.restart("history-lost", 0)
+    assert history.missed_unkept(away) == ("a",)
+
+
+def test_gap_on_a_channel_that_many_others_drove_out_is_told(history):
+    """The streams on it learn of the gap, because nobody knows any more that it had no event outside the history."""
+    sink = joined(history, "a")
+    history.deliver([Message("a", "by hand"), *(Message(f"other {number}", "x") for number in range(10_000))])
+    history.deliver([Message("a", None, reason="broker-reconnect")])
+    assert b'"reason":"broker-reconnect","channels":["a"]' in sink.sent[-1]
 
 
 def test_event_that_no_history_keeps_has_its_place(history):

@@ -1,5 +1,6 @@
 """The history in PostgreSQL: init-db, its grants, and what its tables and functions promise, also while they are raced."""
 
+import io
 import itertools
 import random
 import re
@@ -450,6 +451,58 @@ def test_places_of_a_lost_time_are_untrue_on_a_database_made_from_a_template(pos
     postgres_server.execute(f'CREATE DATABASE "{channel}-copy" TEMPLATE "{channel}"')
     lost, new = go_on(history, first), go_on(f"{history}-copy", first)
     assert admitted(f"{history}-copy", *before, *lost, *new) == [*before, *new]
+
+
+@first_comes
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ("ALTER SEQUENCE sse_relay.event_id RESTART", True),
+        ("ALTER SEQUENCE sse_relay.event_id RESTART", False),
+        ("SELECT setval('sse_relay.event_id', 2)", True),
+        ("SELECT setval('sse_relay.event_id', 3, false)", True),
+        ("ALTER SEQUENCE sse_relay.event_id RESTART; DELETE FROM sse_relay.event", True),
+    ],
+)
+def test_sequence_that_is_set_back_draws_no_id_twice(history, how, kept, first):
+    """Publishers go on, and an old place stays one from which a stream goes on exactly, also if all events are pruned."""
+    before = go_on(history, first)
+    assert prune(history, 9, DAY if kept else 0, 500) == (set() if kept else {1, 2, 3})
+    sql(history, how)
+    new = go_on(history, first) + go_on(history, first)
+    assert [place.seq for place in new] == [4, 5, 6, 7, 8, 9]
+    assert admitted(history, *before, *new) == [*before, *new]
+
+
+@first_comes
+def test_sequence_that_is_set_forward_leaves_all_places_as_they_are(history, first):
+    """Only the numbers in between are left out."""
+    before = go_on(history, first)
+    sql(history, "SELECT setval('sse_relay.event_id', 1000)")
+    new = go_on(history, first)
+    assert new == [(before[0].token, number) for number in (1001, 1002, 1003)]
+
+
+@first_comes
+def test_places_of_a_lost_time_are_untrue_after_a_data_only_restore(history, first):
+    """The server runs on, all rows and the sequence are those of the dump, and the ids of the lost time are drawn anew."""
+    before = go_on(history, first)
+    tables = ("version", "event", "outbox", "span", "state", "pruned")
+    dumped = {}
+    with session(history) as cursor:
+        for table in tables:
+            cursor.copy_expert(f"COPY sse_relay.{table} TO STDOUT", dumped.setdefault(table, io.BytesIO()))
+    lost = go_on(history, first)
+    with session(history) as cursor:
+        for table in tables:
+            cursor.execute(f"DELETE FROM sse_relay.{table}")
+            dumped[table].seek(0)
+            cursor.copy_expert(f"COPY sse_relay.{table} FROM STDIN", dumped[table])
+        cursor.execute("SELECT setval('sse_relay.event_id', 3)")
+    new = go_on(history, first)
+    assert [place.seq for place in new] == [place.seq for place in lost]
+    assert admitted(history, *before, *lost, *new) == [*before, *new]
+    assert sql(history, "SELECT count(*) FROM sse_relay.span") == [2]
 
 
 def test_lock_is_not_held_while_a_deferred_check_waits(history):

@@ -10,9 +10,7 @@ from . import events
 from .brokers.message import Message
 from .counts import EVENTS, RESETS, Counts, Ledger
 from .fanout import Batch, Fanout, Group, Sink
-
-# Channels whose events no history keeps are remembered, so that a stream on them that was away is told; this many.
-MAX_UNKEPT = 10_000
+from .unkept import Unkept
 
 BEATS = 240
 """Heartbeats that are told apart: a small number is an object that all share."""
@@ -53,10 +51,7 @@ class Hub:
         # How often numbers have begun anew.
         self.epoch = 0
 
-        # Channels with events that no history keeps, the newest last: each with the number of the first message
-        # that was delivered behind the last one, or None before there is one.
-        self.unkept: dict[str, int | None] = {}
-        self._unplaced: dict[str, None] = {}
+        self.unkept = Unkept()
 
         # Streams on this channel alone: those that want no labels, and those that do.
         self._shared: tuple[defaultdict[str, Group], ...] = defaultdict(Group), defaultdict(Group)
@@ -125,11 +120,7 @@ class Hub:
 
     def missed_unkept(self, sink: Sink) -> tuple[str, ...]:
         """Return the channels with events that no history keeps and that ``sink``, where it is, may not have had."""
-        return tuple(
-            channel
-            for channel in sink.audible
-            if (place := self.unkept.get(channel, 0)) is None or 0 <= sink.position < place
-        )
+        return tuple(channel for channel in sink.audible if self.unkept.missed(channel, sink.position))
 
     def remove(self, sink: Sink) -> bool:
         """Stop delivering to ``sink``; return whether it was still there."""
@@ -229,8 +220,7 @@ class Hub:
         self.reset(reason)
         self.seq, self.id = 0, ""
         self.epoch += 1
-        self.unkept = dict.fromkeys(self.unkept)
-        self._unplaced = dict.fromkeys(self.unkept)
+        self.unkept.restart()
         for sink, streams_of in list(self._sinks.items()):
             sink.position = position if held is None or streams_of is not self._held else min(sink.position, held)
         self._settle()
@@ -239,11 +229,9 @@ class Hub:
         """Remember how far the history has come; what it does not keep, held streams are told, who will not get it."""
         if message.seq:
             self.seq, self.id = message.seq, message.id
-            for channel in self._unplaced:
-                self.unkept[channel] = message.seq
-            self._unplaced.clear()
+            self.unkept.place(message.seq)
         else:
-            self._note_unkept(message.channel)
+            self.unkept.note(message.channel)
             for sink in self._held.get(message.channel, ()):
                 batch.add_for_one(sink, events.stream_reset("not-kept", (message.channel,)))
                 self.counts.add(RESETS, "not-kept")
@@ -329,12 +317,3 @@ class Hub:
         """Return whether ``sink`` has been sent all that was delivered."""
         group = self._group(sink)
         return group.idle if group is not None else sink not in self._fanout and self._sinks[sink] is not self._held
-
-    def _note_unkept(self, channel: str) -> None:
-        self.unkept.pop(channel, None)
-        self.unkept[channel] = None
-        self._unplaced[channel] = None
-        if len(self.unkept) > MAX_UNKEPT:
-            oldest = next(iter(self.unkept))
-            del self.unkept[oldest]
-            self._unplaced.pop(oldest, None)

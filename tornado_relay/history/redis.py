@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # Seconds after which publishers stop to keep events, when no relay asks for it any more.
 LAPSE_SECONDS = 7 * 86_400
+# So many tokens of spans are shown to a server that is connected to next.
+SEEN = 20
 # In a Cluster also a server that has the history no more; the reader finds the one that has.
 _AWAY = (redis.ConnectionError, redis.TimeoutError, *cluster.CHANGING)
 
@@ -38,16 +40,28 @@ class RedisHistory:
         seconds: How long a channel without new events is kept.
         server: Which server of a group events are read from now, as `url.server_of` has it: what is kept has to be
             of the same one.
+        agrees: Says whether events are read from the server process with this run_id.
 
     """
 
     hint = "it was asked for one, and has forgotten that"
 
-    def __init__(self, url: str, keep: int, seconds: float, server: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        url: str,
+        keep: int,
+        seconds: float,
+        server: Callable[[], str],
+        agrees: Callable[[str], bool] = lambda _: True,
+    ) -> None:
         self._url = url
         self._keys = scripts.Keys(urls.prefix(url))
         self._server = server
+        self._agrees = agrees
         self._connect("")
+        # The tokens of the spans that were there at the last open, the newest first.
+        self._seen: list[str] = []
+        self._warned = False
         self._keep = keep
         self._seconds = seconds
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redis-history")
@@ -59,13 +73,20 @@ class RedisHistory:
         server = self._server()
         if not server and urls.names_group(self._url):
             raise BrokerUnavailable("no server of the group is connected")
-        if server != self._connected_to:
-            self._client.connection_pool.disconnect()
-            self._connect(server)
+        await self._call(self._connect_anew, server)
+        if not self._agrees(self._process):
+            raise BrokerUnavailable("the address leads to another server now")
+        if not self._process and not self._warned:
+            self._warned = True
+            log.warning(
+                "this Redis user may not use INFO: if the server restarts or is replaced, lost events may not be "
+                "announced; allow it by ACL SETUSER NAME +info"
+            )
         await self._check_memory()
         token, last, spans = await self._call(self._open)
-        pairs = zip(spans[::2], spans[1::2], strict=True)
-        return Cursor(token.decode(), int(last)), Spans((name.decode(), int(first)) for name, first in pairs)
+        names = [name.decode() for name in spans[::2]]
+        self._seen = names[: -SEEN - 1 : -1]
+        return Cursor(token.decode(), int(last)), Spans(zip(names, map(int, spans[1::2]), strict=True))
 
     async def find(self, own_id: str, channels: tuple[str, ...]) -> int | None:
         """See `History`."""
@@ -118,14 +139,30 @@ class RedisHistory:
 
     def _connect(self, server: str) -> None:
         self._connected_to = server
-        self._client = redis.Redis(connection_pool=urls.pool(self._url, "sse-relay-history", server))
+        self._process = ""
+        pool = urls.pool(self._url, "sse-relay-history", server)
+        pool.connection_kwargs["redis_connect_func"] = self._introduce
+        self._client = redis.Redis(connection_pool=pool)
+
+    def _connect_anew(self, server: str) -> None:
+        self._client.connection_pool.disconnect()
+        self._connect(server)
+        self._client.connection_pool.release(self._client.connection_pool.get_connection())
+
+    def _introduce(self, connection: Any) -> None:
+        """Let redis-py reconnect to no other server process than the one that `open` has asked."""
+        urls.introduce(connection)
+        if self._process not in ("", connection.process):
+            raise redis.ConnectionError("the address leads to another server now")
+        self._process = connection.process
 
     def _open(self) -> Any:
         keys_and_arguments = (2, self._keys.state, self._keys.spans, self._keep, self._seconds)
+        identity = (self._connected_to, self._process, ",".join(self._seen))
         try:
-            return self._client.evalsha(self._open_digest, *keys_and_arguments, "", self._connected_to)
+            return self._client.evalsha(self._open_digest, *keys_and_arguments, "", *identity)
         except redis.exceptions.NoScriptError:
-            return self._client.eval(self._open_script, *keys_and_arguments, "1", self._connected_to)
+            return self._client.eval(self._open_script, *keys_and_arguments, "1", *identity)
 
     def _scores(self, own_id: str, channels: tuple[str, ...]) -> list[list[float | None]]:
         pipeline = self._client.pipeline(transaction=False)

@@ -1,37 +1,16 @@
 -- Asks for a history to be kept, or goes on with the one that is, and returns where it ends and its spans.
 --
--- KEYS: the history's state, its spans. ARGV: events to keep of a channel, seconds, "1" when this script was not in the
--- server's cache, which server of a group this is; see publish.lua.
+-- KEYS: the history's state, its spans. ARGV: events to keep of a channel, seconds, and the arguments of token_of() from
+-- is_new on.
 
-local keep, seconds, token, last, server =
-    unpack(redis.call('HMGET', KEYS[1], 'keep', 'seconds', 'token', 'seq', 'server'))
-local now = redis.call('TIME')
-local time = now[1] * 1000000 + now[2]
-local took_over = ARGV[4] ~= '' and server ~= ARGV[4]
-if not token or ARGV[3] == '1' or took_over then
-    token = string.sub(redis.sha1hex(string.format('%.0f', time) .. (token or '')), 1, 8)
-    if took_over then
-        redis.call('DEL', KEYS[2])
-        redis.call('HSET', KEYS[1], 'server', ARGV[4])
-    end
-    redis.call('RPUSH', KEYS[2], token, string.format('%.0f', (last or time) + 1))
-    redis.call('LTRIM', KEYS[2], -2000, -1)
-    redis.call('HSET', KEYS[1], 'token', token)
-end
--- See read.lua.
-if not last then
-    last = string.format('%.0f', time)
-    redis.call('HSET', KEYS[1], 'seq', last)
-elseif time - last > ARGV[2] * 125000 then
-    if type(redis.pcall('HSET', KEYS[1], 'seq', string.format('%.0f', time))) == 'number' then
-        last = string.format('%.0f', time)
-    end
-end
+local state = history(KEYS[1])
+local token = token_of(state, KEYS[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6])
+move_on(state, ARGV[2])
 -- What came before was kept for a shorter time, or not at all.
-if not seconds or tonumber(seconds) < tonumber(ARGV[2]) then
-    redis.call('HSET', KEYS[1], 'since', last)
+if not state.seconds or tonumber(state.seconds) < tonumber(ARGV[2]) then
+    redis.call('HSET', KEYS[1], 'since', text(state.last))
 end
-if keep ~= ARGV[1] or seconds ~= ARGV[2] then
+if state.keep ~= ARGV[1] or state.seconds ~= ARGV[2] then
     redis.call('HSET', KEYS[1], 'keep', ARGV[1], 'seconds', ARGV[2])
 end
-return {token, last, redis.call('LRANGE', KEYS[2], 0, -1)}
+return {token, text(state.last), redis.call('LRANGE', KEYS[2], 0, -1)}

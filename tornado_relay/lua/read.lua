@@ -4,21 +4,13 @@
 -- KEYS: the history's state, then the channels' events. ARGV: events of a page, bytes of a page, bytes of all pages,
 -- then the numbers to read behind. Bytes are without the last event; all pages share theirs in the order of numbers.
 
-local token, last, since, seconds = unpack(redis.call('HMGET', KEYS[1], 'token', 'seq', 'since', 'seconds'))
-if not token then
+local state = history(KEYS[1])
+if not state.token then
     return {}
 end
-local now = redis.call('TIME')
-local time = now[1] * 1000000 + now[2]
--- Numbers are times, and what is behind an old one may have gone. So the end moves on, even if nothing is published.
-if time - last > seconds * 125000 then
-    -- Not where writing is refused, for want of memory or after a failed save: what is there can be read all the same.
-    if type(redis.pcall('HSET', KEYS[1], 'seq', string.format('%.0f', time))) == 'number' then
-        last = string.format('%.0f', time)
-    end
-end
+move_on(state, state.seconds)
 local function kept_from(moment)
-    return math.max(tonumber(since), moment - seconds * 1000000)
+    return math.max(tonumber(state.since), moment - state.seconds * 1000000)
 end
 local pages, all = {}, {}
 for n = 2, #KEYS do
@@ -46,10 +38,10 @@ for n = 2, #KEYS do
         count = #rows > 0 and math.min(limit, 100, math.ceil(room / (#rows[#rows][3] + 1)))
     until more or #found == 0
     if #rows == 0 and redis.call('EXISTS', KEYS[n]) == 0 then
-        gone = kept_from(time)
+        gone = kept_from(state.now)
     end
     -- Behind the history's end nothing has been.
-    page[2] = string.format('%.0f', math.min(gone, tonumber(last)))
+    page[2] = text(math.min(gone, state.last))
     pages[#pages + 1] = page
 end
 local room = tonumber(ARGV[3])
@@ -57,11 +49,11 @@ table.sort(all, function(a, b) return a[1] < b[1] end)
 for _, each in ipairs(all) do
     local seq, size, page, number = unpack(each)
     if room <= 0 and #page[3] >= number then
-        page[1] = string.format('%.0f', seq - 1)
+        page[1] = text(seq - 1)
         for extra = #page[3], number, -1 do
             page[3][extra] = nil
         end
     end
     room = room - size
 end
-return {token, last, pages}
+return {state.token, text(state.last), pages}

@@ -50,7 +50,9 @@ CREATE TABLE sse_relay.span (
     token text NOT NULL UNIQUE,
     server_start timestamptz NOT NULL,
     filenode oid NOT NULL,
-    database oid NOT NULL
+    database oid NOT NULL,
+    -- The transaction that wrote the row. A restore writes it again, in another one.
+    written xid
 );
 
 -- Up to where events have been deleted by age, and up to where they have been counted.
@@ -68,9 +70,19 @@ CREATE TABLE sse_relay.pruned (
 );
 CREATE INDEX pruned_kept ON sse_relay.pruned (kept);
 
--- Returns the token for the next id. The caller holds the lock, and draws the id behind this: a copy of the data that
--- was put in place may draw from further on than its last event, and what is in between is of the lost time.
-CREATE FUNCTION sse_relay.current_token() RETURNS text
+-- Returns the token of the newest span, or NULL if the server or the data are not those that it began on.
+CREATE FUNCTION sse_relay.valid_token() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT s.token FROM sse_relay.span s
+    WHERE s.n = (SELECT max(n) FROM sse_relay.span)
+        AND s.server_start = pg_postmaster_start_time()
+        AND s.filenode = pg_relation_filenode('sse_relay.event')
+        AND s.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+        AND s.written = s.xmin
+$$;
+
+-- Begins a span behind the last event and behind `last_id`, and returns its token. The caller holds the lock.
+CREATE FUNCTION sse_relay.begin_span(last_id bigint) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     newest sse_relay.span;
@@ -78,9 +90,6 @@ DECLARE
     base oid := (SELECT d.oid FROM pg_database d WHERE d.datname = current_database());
 BEGIN
     SELECT * INTO newest FROM sse_relay.span ORDER BY n DESC LIMIT 1;
-    IF newest.server_start = pg_postmaster_start_time() AND newest.filenode = node AND newest.database = base THEN
-        RETURN newest.token;
-    END IF;
     -- Also lets a transaction fail (40001) whose snapshot does not see a span that has begun since.
     UPDATE sse_relay.state s SET pruned_through = CASE
         WHEN newest.filenode <> node AND NOT EXISTS (SELECT FROM sse_relay.event)
@@ -90,11 +99,21 @@ BEGIN
     -- CREATE DATABASE copies that 32 numbers to come are logged, but that log is the template's. So spans have none.
     PERFORM setval('sse_relay.event_id', h.id) FROM sse_relay.head() h, sse_relay.event_id q WHERE q.last_value < h.id;
     INSERT INTO sse_relay.span (n, first_id, token, server_start, filenode, database)
-        SELECT coalesce(newest.n, 0) + 1, h.id + 1, left(md5(random()::text || clock_timestamp()), 8), pg_postmaster_start_time(), node, base
+        SELECT coalesce(newest.n, 0) + 1, greatest(h.id, last_id) + 1, left(md5(random()::text || clock_timestamp()), 8),
+            pg_postmaster_start_time(), node, base
         FROM sse_relay.head() h
-        RETURNING token INTO newest.token;
+        RETURNING n, token INTO newest.n, newest.token;
+    -- In a savepoint that is not the transaction of pg_current_xact_id().
+    UPDATE sse_relay.span s SET written = s.xmin WHERE s.n = newest.n;
     RETURN newest.token;
 END $$;
+
+-- Returns the token for the next id. The caller holds the lock, and draws the id behind this: a copy of the data that
+-- was put in place may draw from further on than its last event, and what is in between is of the lost time.
+CREATE FUNCTION sse_relay.current_token() RETURNS text
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(sse_relay.valid_token(), sse_relay.begin_span(0))
+$$;
 
 -- What an operator truncates is gone up to the last id that was drawn.
 CREATE FUNCTION sse_relay.truncated() RETURNS trigger
@@ -118,12 +137,7 @@ $$;
 CREATE FUNCTION sse_relay.open() RETURNS TABLE (token text, id bigint)
 LANGUAGE plpgsql ROWS 1 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF NOT EXISTS (
-        SELECT FROM (SELECT * FROM sse_relay.span s ORDER BY s.n DESC LIMIT 1) newest
-        WHERE newest.server_start = pg_postmaster_start_time()
-            AND newest.filenode = pg_relation_filenode('sse_relay.event')
-            AND newest.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-    ) THEN
+    IF sse_relay.valid_token() IS NULL THEN
         PERFORM pg_advisory_xact_lock(8319104478);
         PERFORM sse_relay.current_token();
     END IF;
@@ -135,12 +149,20 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     event_id bigint;
     event_token text;
+    last_id bigint;
     target text := NEW.channel;
     message text;
 BEGIN
     PERFORM pg_advisory_xact_lock(8319104478);
     event_token := sse_relay.current_token();
     event_id := nextval('sse_relay.event_id');
+    SELECT greatest((SELECT max(e.id) FROM sse_relay.event e), s.pruned_through, s.counted_through) INTO last_id
+        FROM sse_relay.state s;
+    -- Somebody has set the sequence back, as ALTER SEQUENCE ... RESTART does. Ids go on behind all that were drawn.
+    IF event_id <= last_id THEN
+        event_token := sse_relay.begin_span(last_id);
+        event_id := setval('sse_relay.event_id', last_id + 1);
+    END IF;
     DELETE FROM sse_relay.outbox WHERE n = NEW.n;
     INSERT INTO sse_relay.event
         VALUES (event_id, event_token, NEW.channel, NEW.payload, NEW.own_id, EXISTS (

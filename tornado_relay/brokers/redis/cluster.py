@@ -236,6 +236,11 @@ class ClusterLinks:
             raise
 
     @property
+    def process(self) -> str:
+        """The run_id of the history's server, see `url.introduce`."""
+        return self._main.process
+
+    @property
     def servers(self) -> list[str]:
         """Those that there are connections to, the history's first."""
         return list(self._links)

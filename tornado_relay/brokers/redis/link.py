@@ -36,6 +36,8 @@ class Link:
         # A server that wants a password lets us connect without one, and refuses the first command.
         connection.send_command("PING", check_health=False)
         connection.read_response()
+        self.process: str = connection.process
+        """The run_id of the server, see `url.introduce`."""
         self.latency: float | None = None
         """Seconds that the last PING took."""
         # The commands that have no reply yet, each for one or more channels; Redis answers in order. One of SUNSUBSCRIBE may
@@ -173,6 +175,7 @@ class Links:
         self._link = Link(connection)
         self.servers = self.masters = [server_of(connection)]
         """Which server of a group it is, as `url.server_of` has it."""
+        self.process = self._link.process
         poll = Poll()
         poll.add(self._link)
         self.wait = poll.wait

@@ -94,7 +94,7 @@ class RedisListener:
 
     def history(self, keep: int, seconds: float) -> RedisHistory:
         """Return the history of this broker."""
-        return RedisHistory(self._url, keep, seconds, lambda: (self._servers() or [""])[0])
+        return RedisHistory(self._url, keep, seconds, lambda: (self._servers() or [""])[0], self._agrees)
 
     # What runs on the loop.
 
@@ -223,6 +223,14 @@ class RedisListener:
     def _servers(self) -> list[str]:
         links = self._links
         return links.servers if links else []
+
+    def _agrees(self, process: str) -> bool:
+        """Return whether events come from this server process as well; leave the server if not, as it was replaced."""
+        links = self._links
+        if links is None or "" in (process, links.process) or process == links.process:
+            return True
+        self._send(redis.ConnectionError("the address leads to another server now"))
+        return False
 
     def _watched(self) -> Watch | None:
         if sentinel.is_sentinel(self._url):

@@ -35,6 +35,8 @@ class RedisPublisher:
         self._keys = scripts.Keys(urls.prefix(url))
         self._script = scripts.text("publish")
         self._digest = scripts.digest(self._script)
+        # The span of the newest event that this process knows of. A server that does not know it has missed something.
+        self._seen = ""
 
     def publish(self, channel: str, payload: str, own_id: str | None = None) -> None:
         """
@@ -117,7 +119,7 @@ class RedisPublisher:
         """
         Return the reply to a command on the server that has ``key``; of a script that it does not know, to the other one.
 
-        Scripts get the server as their last argument: which one it is, is known only when there is a connection.
+        Scripts get the server's identity in their last arguments, because it is known only when there is a connection.
         """
         for left in reversed(range(_REDIRECTIONS)):
             try:
@@ -136,11 +138,18 @@ class RedisPublisher:
     def _run_once(self, key: str, command: tuple[Any, ...], with_script: tuple[Any, ...] | None) -> Any:
         pool = self._shards.pool(cluster.slot_of(key)) if self._shards else self._one
         connection: Any = pool.get_connection()
-        server = (urls.server_of(self._url, connection),) if with_script else ()
+        if with_script:
+            identity = (urls.server_of(self._url, connection), connection.process, self._seen)
         try:
-            return _reply(connection, *command, *server)
-        except redis.exceptions.NoScriptError:
-            return _reply(connection, *(with_script or ()), *server)
+            if not with_script:
+                return _reply(connection, *command)
+            try:
+                token = _reply(connection, *command, *identity)
+            except redis.exceptions.NoScriptError:
+                token = _reply(connection, *with_script, *identity)
+            # Without a history it is the number of subscribers.
+            self._seen = token.decode() if isinstance(token, bytes) else ""
+            return token
         except (redis.ConnectionError, redis.TimeoutError):
             connection.disconnect()
             raise

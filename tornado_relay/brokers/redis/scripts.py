@@ -6,6 +6,12 @@ import hashlib
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent.parent.parent / "lua"
+# The files that each script is made of.
+_PARTS = {
+    "open": ("state", "span", "open"),
+    "publish": ("state", "span", "publish"),
+    "read": ("state", "read"),
+}
 
 
 class Keys:
@@ -27,7 +33,7 @@ class Keys:
 
 def text(name: str) -> str:
     """Return a script."""
-    return (_FOLDER / f"{name}.lua").read_text()
+    return "\n".join((_FOLDER / f"{part}.lua").read_text() for part in _PARTS[name])
 
 
 def digest(script: str) -> str:

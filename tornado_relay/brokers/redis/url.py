@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,6 +46,7 @@ def pool(url: str, client_name: str, server: str = "") -> redis.ConnectionPool:
             f"REDIS_URL cannot be read; give {_example(url)}, with special characters of the password percent-encoded"
         ) from None
     _connection(made, {})
+    made.connection_kwargs["redis_connect_func"] = introduce
     if server:
         host, _, port = server.partition("/")[0].rpartition(":")
         made.connection_kwargs.update(host=host, port=int(port))
@@ -72,6 +74,28 @@ def _connection(made: redis.ConnectionPool, options: dict[str, Any]) -> Any:
         return made.connection_class(**{**made.connection_kwargs, **options})
     except (TypeError, ValueError, redis.RedisError) as exc:
         raise SettingsError(f"REDIS_URL has an option that cannot be used: {exc}") from exc
+
+
+def introduce(connection: Any) -> None:
+    """
+    Begin a session on ``connection``, and ask the server for the run_id of its process; empty if the user may not (INFO).
+
+    redis-py calls this at each connect. So a connection that it makes anew, which may lead to another server, never keeps
+    the identity of the old one.
+    """
+    connection.on_connect()
+    connection.process = ""
+    try:
+        connection.send_command("INFO", "server", check_health=False)
+        reply = connection.read_response(disable_decoding=True)
+    except redis.exceptions.NoPermissionError:
+        return
+    except redis.ResponseError as exc:
+        if "unknown command" not in str(exc).lower():
+            raise
+        return
+    found = re.search(rb"run_id:(\w+)", reply)
+    connection.process = found[1].decode() if found else ""
 
 
 def _plain(url: str) -> str:
