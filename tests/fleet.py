@@ -9,7 +9,7 @@ import threading
 import time
 
 from pages import Page
-from servers import PATIENCE
+from servers import patience
 
 from tornado_relay.errors import BrokerError
 from tornado_relay.publish import open_publisher
@@ -103,10 +103,10 @@ class Fleet:
     def later(self, number):
         heapq.heappush(self.due, (time.monotonic() + random.uniform(*RECONNECT), number))
 
-    def until(self, condition, what, seconds=PATIENCE):
-        end = time.monotonic() + seconds
+    def until(self, condition, what, seconds=20.0):
+        end = time.monotonic() + patience(seconds)
         while not condition():
-            assert time.monotonic() < end, f"not within {seconds} s: {what}"
+            assert time.monotonic() < end, f"not within {patience(seconds)} s: {what}"
             self.step()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from servers import PATIENCE, free_port, until
+from servers import PATIENCE, free_port, patience, until
 
 COMMAND = str(Path(sys.executable).with_name("sse-relay-server"))
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def environment(**more):
     return ours | {"PYTHONWARNINGS": WARNINGS} | more
 
 
-def run(*arguments, cwd, timeout=60, **env):
+def run(*arguments, cwd, seconds=60, **env):
     """Run the command to its end."""
     return subprocess.run(
         [COMMAND, *map(str, arguments)],
@@ -45,7 +45,7 @@ def run(*arguments, cwd, timeout=60, **env):
         env=environment(**env),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=patience(seconds),
         check=False,
     )
 

@@ -13,7 +13,7 @@ import pytest
 from outages import Proxy, end_listeners
 from pages import Page, Pages
 from relay import Relay
-from servers import PostgresServer, RedisServer, free_port, until
+from servers import PATIENCE, PostgresServer, RedisServer, free_port, until
 
 from tornado_relay.brokers.message import Message
 from tornado_relay.brokers.redis.listener import RedisListener
@@ -255,7 +255,7 @@ def test_subscription_that_is_not_answered_is_not_waited_for(redis_server, tmp_p
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         redis_server.process.send_signal(signal.SIGSTOP)
         try:
-            answer = httpx.get(f"{relay.url}/channel={channel}-new", timeout=30)
+            answer = httpx.get(f"{relay.url}/channel={channel}-new", timeout=PATIENCE * 2)
         finally:
             redis_server.process.send_signal(signal.SIGCONT)
         assert (answer.status_code, "not confirmed: no answer in time" in answer.text) == (503, True)

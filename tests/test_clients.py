@@ -12,7 +12,7 @@ from httpx_sse import connect_sse
 from outages import Proxy
 from programs import program
 from relay import Relay
-from servers import until
+from servers import PATIENCE, until
 
 from tornado_relay.visit import NO_HISTORY
 
@@ -52,7 +52,7 @@ def test_httpx_sse(relay, broker, channel):
 
 def test_requests(relay, broker, channel):
     """Python's requests, which buffers what does not come in chunks; each event is there before the next is sent."""
-    answer = requests.get(f"{relay.url}/channel={channel}", stream=True, timeout=30)
+    answer = requests.get(f"{relay.url}/channel={channel}", stream=True, timeout=PATIENCE)
     lines = answer.iter_lines()
     for number in range(3):
         broker.publish(channel, str(number))
@@ -64,7 +64,10 @@ def test_npm_eventsource(relay, broker, channel, tmp_path):
     """Node's eventsource package, which also reconnects as the standard says."""
     node, npm = program("node"), program("npm")
     subprocess.run(
-        [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180
+        [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"],
+        cwd=tmp_path,
+        check=True,
+        timeout=PATIENCE * 9,
     )
     (tmp_path / "client.mjs").write_text(
         """

@@ -7,7 +7,7 @@ import pytest
 from pooler import PgBouncer
 from programs import program
 from relay import Relay, run
-from servers import execute, until
+from servers import PATIENCE, execute, until
 from team import Project
 from test_readme import block
 
@@ -263,7 +263,7 @@ def test_commands(project, tmp_path, channel):
             got = [json.loads(listening.stdout.readline()) for _ in range(2)]
         finally:
             listening.send_signal(signal.SIGINT)
-            _, errors = listening.communicate(timeout=20)
+            _, errors = listening.communicate(timeout=PATIENCE)
         assert [(each["event"], each["data"]) for each in got] == [("paid", '{"sum":1}'), ("message", "hello")]
         assert listening.returncode == 0, errors
         assert "Traceback" not in errors
