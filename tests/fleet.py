@@ -14,6 +14,8 @@ from servers import patience
 from tornado_relay.errors import BrokerError
 from tornado_relay.publish import open_publisher
 
+# Events that only tell a page where it is.
+POSITIONS = ("stream-open", "stream-position")
 # Browsers wait for the seconds of `retry:`; coming back sooner is harder on the relay, and shorter for the test.
 RECONNECT = (0.05, 0.4)
 
@@ -47,7 +49,7 @@ class Stream:
             if event.event == "stream-reset":
                 self.resets.append(json.loads(event.data))
                 self.reset_at.append(len(self.got))
-            else:
+            elif event.event not in POSITIONS:
                 self.got.append(event.data)
         self.last_event_id = self.page.parser.last_event_id or self.last_event_id
 
