@@ -146,6 +146,8 @@ def test_anotify(project, redis_server, tmp_path, pages, channel, broker_kind):
         out = project.python(
             f"""
 import asyncio
+from asgiref.sync import sync_to_async
+from django.db import connections
 from tornado_relay import EventError
 from tornado_relay.django import anotify
 
@@ -156,6 +158,7 @@ async def view():
     except EventError:
         print("refused")
     await anotify("{channel}", {{"data": "b"}})
+    await sync_to_async(connections.close_all)()  # as Django does at the end of a request
 
 asyncio.run(view())
 """
