@@ -1,11 +1,11 @@
-# make demo | example | test | test-all | fuzz | soak | bench | docs | lint | format
+# make demo | example | test | test-all | fuzz | soak | chaos | bench | docs | lint | format
 
 PYTHON ?= python3
 PORT ?= 8001
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo example test test-all fuzz soak bench docs lint format
+.PHONY: demo example test test-all fuzz soak chaos bench docs lint format
 
 demo: $(VENV)/demo
 	@$(BIN)/sse-relay-server --embedded --debug --host 127.0.0.1 --port $(PORT)
@@ -35,6 +35,13 @@ fuzz: $(VENV)/test
 soak: SECONDS ?= 600
 soak: $(VENV)/test
 	SSE_RELAY_SOAK_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_soak.py
+
+# Another seed at each time; two minutes, half of them on each broker.
+chaos: SEED ?= $(shell date +%s)
+chaos: SECONDS ?= 120
+chaos: $(VENV)/test
+	@echo "To repeat this: make chaos SEED=$(SEED) SECONDS=$(SECONDS)"
+	SSE_RELAY_CHAOS_SEED=$(SEED) SSE_RELAY_CHAOS_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_chaos.py
 
 # From README.md, docs/ and the code; a link that leads nowhere ends it.
 docs: $(VENV)/docs

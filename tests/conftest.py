@@ -6,12 +6,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import httpx
 import pytest
 from browser import Browser
 from pages import Pages
 from programs import program
 from relay import Relay, run
-from servers import PostgresServer, RedisServer, execute, until
+from servers import PATIENCE, PostgresServer, RedisServer, execute, until
 from tornado.ioloop import IOLoop
 from website import Website
 
@@ -21,6 +22,10 @@ from tornado_relay.publish import open_publisher
 sys.path.insert(0, str(Path(__file__).parent))
 
 _numbers = itertools.count(1)
+
+# The time limits of a request that names none; httpx's own are 5 s, which a busy machine may take.
+for limit in ("connect", "read", "write", "pool"):
+    setattr(httpx.get.__kwdefaults__["timeout"], limit, PATIENCE)
 
 
 @pytest.fixture(scope="session")

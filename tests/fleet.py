@@ -9,11 +9,13 @@ import threading
 import time
 
 from pages import Page
-from servers import PATIENCE
+from servers import patience
 
 from tornado_relay.errors import BrokerError
 from tornado_relay.publish import open_publisher
 
+# Events that only tell a page where it is.
+POSITIONS = ("stream-open", "stream-position")
 # Browsers wait for the seconds of `retry:`; coming back sooner is harder on the relay, and shorter for the test.
 RECONNECT = (0.05, 0.4)
 
@@ -47,7 +49,7 @@ class Stream:
             if event.event == "stream-reset":
                 self.resets.append(json.loads(event.data))
                 self.reset_at.append(len(self.got))
-            else:
+            elif event.event not in POSITIONS:
                 self.got.append(event.data)
         self.last_event_id = self.page.parser.last_event_id or self.last_event_id
 
@@ -103,10 +105,10 @@ class Fleet:
     def later(self, number):
         heapq.heappush(self.due, (time.monotonic() + random.uniform(*RECONNECT), number))
 
-    def until(self, condition, what, seconds=PATIENCE):
-        end = time.monotonic() + seconds
+    def until(self, condition, what, seconds=20.0):
+        end = time.monotonic() + patience(seconds)
         while not condition():
-            assert time.monotonic() < end, f"not within {seconds} s: {what}"
+            assert time.monotonic() < end, f"not within {patience(seconds)} s: {what}"
             self.step()
 
 

@@ -85,7 +85,11 @@ class Front:
             assert self.process.poll() is None, self.log_path.read_text()
             return accepts(self.port)
 
-        until(listens, f"{self.kind} listens")
+        try:
+            until(listens, f"{self.kind} listens")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):

@@ -32,10 +32,15 @@ class Site:
     """
 
     def __enter__(self):
+        program("ip")
         self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         _call(_libc.unshare, CLONE_NEWNET)
-        ip("link set lo up")
-        ip(f"address add {ADDRESS}/32 dev lo")
+        try:
+            ip("link set lo up")
+            ip(f"address add {ADDRESS}/32 dev lo")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -54,10 +59,19 @@ class Host:
         self.address = f"10.77.{number}.2"
         self._gateway = f"10.77.{number}.1"
         # The namespace lasts as long as a process in it.
-        self._holder = subprocess.Popen([program("unshare"), "--net", "sleep", "infinity"])
-        self._inside = (program("nsenter"), "-t", str(self._holder.pid), "-n", "--")
+        unshare, nsenter = program("unshare"), program("nsenter")
+        self._holder = subprocess.Popen([unshare, "--net", "sleep", "infinity"])
+        self._inside = (nsenter, "-t", str(self._holder.pid), "-n", "--")
 
     def __enter__(self):
+        try:
+            self._connect()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _connect(self):
         network = Path(f"/proc/{self._holder.pid}/ns/net")
         ours = Path("/proc/thread-self/ns/net").readlink()
         until(lambda: network.readlink() != ours, "its namespace")
@@ -67,7 +81,6 @@ class Host:
         ip(f"link set {self.cable} up")
         ip("link set lo up", *self._inside)
         self.mend()
-        return self
 
     def __exit__(self, *_):
         try:

@@ -59,7 +59,11 @@ class Proxy:
     def lead_to(self, target):
         """End the connections that there are; new ones go to another port."""
         self.target = target
-        _, *open_ones = self.sockets
+        self.end_connections()
+
+    def end_connections(self):
+        """End the connections that there are."""
+        _, *open_ones = list(self.sockets)
         for each in open_ones:
             try:
                 each.shutdown(socket.SHUT_RDWR)
@@ -70,13 +74,25 @@ class Proxy:
         while True:
             try:
                 client, _ = self.server.accept()
-                server = socket.create_connection(("127.0.0.1", self.target))
             except OSError:
                 return
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:  # nobody listens there at the moment
+                client.close()
+                continue
             self.sockets += [client, server]
-            is_slow = threading.Event()
-            threading.Thread(target=self.pump, args=(client, server, is_slow, False), daemon=True).start()
-            threading.Thread(target=self.pump, args=(server, client, is_slow, True), daemon=True).start()
+            threading.Thread(target=self.forward, args=(client, server), daemon=True).start()
+
+    def forward(self, client, server):
+        is_slow = threading.Event()
+        answers = threading.Thread(target=self.pump, args=(server, client, is_slow, True), daemon=True)
+        answers.start()
+        self.pump(client, server, is_slow, False)
+        answers.join()
+        for each in (client, server):
+            self.sockets.remove(each)
+            each.close()
 
     def pump(self, source, sink, is_slow, answers):
         try:

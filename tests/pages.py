@@ -7,7 +7,7 @@ import socket
 import time
 import zlib
 
-from servers import PATIENCE
+from servers import PATIENCE, patience
 
 from tornado_relay.events import OF_THE_STREAM
 from tornado_relay.eventsource import Parser
@@ -122,7 +122,7 @@ class Pages:
             page.close()
         self.selector.close()
 
-    def open(self, port, paths, headers=None, seconds=PATIENCE, **options):
+    def open(self, port, paths, headers=None, seconds=20.0, **options):
         """Open a stream for each path, and return them when all have their first bytes."""
         opened = []
         for path in paths:
@@ -150,11 +150,11 @@ class Pages:
             if page.closed:
                 self.selector.unregister(number)
 
-    def until(self, condition, what, seconds=PATIENCE):
+    def until(self, condition, what, seconds=20.0):
         """Read until ``condition()`` holds."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + patience(seconds)
         while not condition():
-            assert time.monotonic() < end, f"not within {seconds} s: {what}"
+            assert time.monotonic() < end, f"not within {patience(seconds)} s: {what}"
             self.read(0.05)
 
 

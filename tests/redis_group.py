@@ -333,7 +333,7 @@ def notify_in_django(group, folder, channel):
         env=environment(**group.environment),
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=PATIENCE * 3,
         check=False,
     )
     assert done.returncode == 0, done.stderr

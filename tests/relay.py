@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from servers import PATIENCE, free_port, until
+from servers import PATIENCE, free_port, patience, until
 
 COMMAND = str(Path(sys.executable).with_name("sse-relay-server"))
 ROOT = Path(__file__).parent.parent
@@ -26,15 +26,18 @@ for number, fd in enumerate(moved):
     os.close(fd)
 os.execvpe(command[count], command[count:], {**os.environ, "LISTEN_PID": pid or str(os.getpid())})
 """
+# Every Python process that the tests start fails on a warning, as pytest's own process does (pyproject.toml).
+WARNINGS = "error"
 _OURS = re.compile("RELAY_|REDIS_URL|DATABASE_URL|ALLOWED_ORIGINS|LOG_|DJANGO_|NOTIFY_SOCKET|WATCHDOG_|LISTEN_")
 
 
 def environment(**more):
-    """Our own environment without anything that a relay would read, and with ``more``."""
-    return {key: value for key, value in os.environ.items() if not _OURS.match(key)} | more
+    """Our own environment without anything that a relay would read, and with ``more``; warnings are errors in it."""
+    ours = {key: value for key, value in os.environ.items() if not _OURS.match(key)}
+    return ours | {"PYTHONWARNINGS": WARNINGS} | more
 
 
-def run(*arguments, cwd, timeout=60, **env):
+def run(*arguments, cwd, seconds=60, **env):
     """Run the command to its end."""
     return subprocess.run(
         [COMMAND, *map(str, arguments)],
@@ -42,7 +45,7 @@ def run(*arguments, cwd, timeout=60, **env):
         env=environment(**env),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=patience(seconds),
         check=False,
     )
 
@@ -53,11 +56,23 @@ def giving(sockets, command=(COMMAND,)):
     return sys.executable, "-c", GIVE, str(len(descriptors)), *descriptors, *command
 
 
-class Relay:
-    """A serving relay; used as a context manager, so that none is left behind."""
+def troubles(log):
+    """Return the lines of a log that show a bug: a traceback, or a warning of Python's."""
+    return [line for line in log.splitlines() if re.search(r"Traceback|[a-z]Warning\b", line)]
 
-    def __init__(self, home, *flags, port=0, unix_socket="", drain="0.5", command=(COMMAND,), given=(), **env):
+
+class Relay:
+    """
+    A serving relay; used as a context manager, so that none is left behind.
+
+    At the end its log must be without tracebacks and Python's warnings, unless the test says that it is ``troubled``.
+    """
+
+    def __init__(
+        self, home, *flags, port=0, unix_socket="", drain="0.5", command=(COMMAND,), given=(), troubled=False, **env
+    ):
         self.home = home
+        self.troubled = troubled
         self.log_path = home / f"relay-{os.urandom(4).hex()}.log"
         self.unix_socket = unix_socket
         address = ["--unix-socket", unix_socket] if unix_socket else ["--host", "127.0.0.1", "--port", str(port)]
@@ -84,8 +99,10 @@ class Relay:
             raise
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failed, *_):
         self.stop()
+        if failed is None and not self.troubled:
+            assert not (trouble := troubles(self.log)), f"the relay's log has {trouble}:\n{self.log}"
 
     @property
     def log(self):

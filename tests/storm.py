@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from fleet import Fleet, Numbers
 from relay import Relay
-from servers import until
+from servers import patience, until
 
 EVENTS = 5000
 CHANNELS = [f"channel-{number}" for number in range(20)]
@@ -55,7 +55,7 @@ def storming(broker, relays, disturb, each, ports=None, rate=1500.0):
         threading.Thread(target=work, daemon=True).start()
 
         def step(condition, what, seconds):
-            end = time.monotonic() + seconds
+            end = time.monotonic() + patience(seconds)
             while not condition():
                 assert time.monotonic() < end, f"{what}: {[relay.log[-3000:] for relay in relays]}"
                 for fleet in fleets:

@@ -117,5 +117,5 @@ class Project:
     def _end(process, status):
         out, errors = process.communicate(timeout=PATIENCE * 3)
         assert process.returncode == status, out + errors
-        assert "Traceback" not in errors
+        assert "Traceback" not in errors, errors
         return out + errors

@@ -12,7 +12,7 @@ import pytest
 from callers import Callers
 from programs import program
 from relay import COMMAND, Relay, environment, giving
-from servers import free_port, until
+from servers import PATIENCE, free_port, until
 from test_limits import statuses
 
 from tornado_relay import __version__
@@ -47,7 +47,7 @@ def start(sockets, cwd, **env):
         pass_fds=[each.fileno() for each in sockets],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE * 3,
         check=False,
     )
 
@@ -248,7 +248,7 @@ def test_systemd_socket_activate(redis_server, tmp_path, pages):
         (page,) = pages.open(port, ["/channel=x"])
         assert page.status == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.wait()

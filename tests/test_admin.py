@@ -219,8 +219,7 @@ def test_broker_that_is_away(home, tmp_path, channel):
 
     folder = home / f"away-{channel}"
     folder.mkdir()
-    server = RedisServer(folder)
-    with watched(tmp_path, **server.environment) as relay:
+    with RedisServer(folder) as server, watched(tmp_path, **server.environment) as relay:
         assert relay.status()["broker"]["connected"]
         server.stop()
         until(lambda: not relay.status()["broker"]["connected"], "it is missed")
@@ -228,7 +227,6 @@ def test_broker_that_is_away(home, tmp_path, channel):
         assert httpx.get(f"{relay.url}/healthz").status_code == 200
         server.start()
         until(lambda: relay.status()["broker"]["connected"], "it is back", 40)
-    server.stop()
 
 
 def test_probe_latency(redis_server, tmp_path):

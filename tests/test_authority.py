@@ -16,7 +16,7 @@ import jwt
 import pytest
 from pages import Page
 from relay import Relay, environment, run, watched
-from servers import free_port, until
+from servers import PATIENCE, free_port, until
 from test_readme import block
 
 from tornado_relay.authority import CONCURRENT, FRESH_SECONDS
@@ -59,7 +59,7 @@ class Answer(BaseHTTPRequestHandler):
             application.asked.append((self.path, self.headers))
             application.at_work += 1
             application.most_at_work = max(application.most_at_work, application.at_work)
-        application.gate.wait(30)
+        application.gate.wait(PATIENCE)
         with application.lock:
             application.at_work -= 1
         self.send_response(200 if self.path == "/login" else application.status)

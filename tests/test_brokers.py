@@ -10,10 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fleet import Numbers
 from outages import Proxy, end_listeners
 from pages import Page, Pages
 from relay import Relay
-from servers import PostgresServer, RedisServer, free_port, until
+from servers import PATIENCE, PostgresServer, RedisServer, free_port, until
 
 from tornado_relay.brokers.message import Message
 from tornado_relay.brokers.redis.listener import RedisListener
@@ -255,7 +256,7 @@ def test_subscription_that_is_not_answered_is_not_waited_for(redis_server, tmp_p
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
         redis_server.process.send_signal(signal.SIGSTOP)
         try:
-            answer = httpx.get(f"{relay.url}/channel={channel}-new", timeout=30)
+            answer = httpx.get(f"{relay.url}/channel={channel}-new", timeout=PATIENCE * 2)
         finally:
             redis_server.process.send_signal(signal.SIGCONT)
         assert (answer.status_code, "not confirmed: no answer in time" in answer.text) == (503, True)
@@ -329,3 +330,25 @@ def test_pauses_grow_while_a_broker_is_away(kind, home, tmp_path, channel):
         # Longer than any that comes while the last connection is younger than a good one has to be.
         until(lambda: max(pauses(), default=0.0) > 6.4, "a long pause", 60)
         assert len(pauses()) < 15
+
+
+@pytest.mark.parametrize("broker", ["postgres", "redis"], indirect=True)
+def test_page_is_told_of_the_gap_before_the_events_behind_it(broker, tmp_path, pages):
+    """Events that come while channels are still being subscribed to again wait until the streams have their reset."""
+    with Relay(tmp_path, "--workers", "1", **broker.environment) as relay:
+        names = [f"gap-{number}" for number in range(5000)]
+        for first in range(0, len(names), 100):
+            pages.open(relay.port, ["/events?" + "&".join(f"channel={name}" for name in names[first : first + 100])])
+        numbers = Numbers(broker, names[::500], 0, 5000.0)
+        numbers.start()
+        opened = [page for page in pages.all if page.path.partition("=")[2].partition("&")[0] in numbers.channels]
+        pages.until(lambda: all(page.events for page in opened), "events come")
+        end_listeners(broker)
+        pages.until(lambda: all(reset_of(page) for page in opened), "every stream is told")
+        numbers.enough.set()
+        pages.until(lambda: not numbers.is_alive(), "all are published")
+        for page in opened:
+            place = [event.event for event in page.events].index("stream-reset")
+            before = [int(number) for number in page.data[:place]]
+            sent = numbers.taken[page.path.partition("=")[2].partition("&")[0]]
+            assert before == list(map(int, sent[: len(before)])), "events behind the gap came before the reset"

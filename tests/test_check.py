@@ -25,7 +25,7 @@ def findings(tmp_path, *flags, command=(), **variables):
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE * 3,
         check=False,
     )
     told = json.loads(done.stdout)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from relay import COMMAND, Relay, environment, run
-from servers import free_port, until
+from servers import PATIENCE, free_port, until
 
 from tornado_relay import __version__
 from tornado_relay.settings import FIELDS
@@ -115,7 +115,7 @@ def test_notify_and_listen(relay, broker, channel, tmp_path, listen):
     assert json.loads(listening.stdout.readline()) == {"event": "e", "data": "a\nb", "id": "1"}
     assert [next_data(listening), next_data(listening)] == ["just text", "[1,2]"]
     listening.send_signal(signal.SIGINT)
-    assert listening.wait(10) == 130
+    assert listening.wait(PATIENCE) == 130
     assert "Traceback" not in listening.stderr.read()
 
 

@@ -13,7 +13,7 @@ from httpx_sse import connect_sse
 from outages import Proxy
 from programs import program
 from relay import Relay
-from servers import until
+from servers import PATIENCE, until
 
 from tornado_relay.visit import NO_HISTORY
 
@@ -85,7 +85,7 @@ def test_httpx_sse_gets_no_event_from_a_heartbeat(kept, channel, tmp_path, pages
 
 def test_requests(relay, broker, channel):
     """Python's requests, which buffers what does not come in chunks; each event is there before the next is sent."""
-    answer = requests.get(f"{relay.url}/channel={channel}", stream=True, timeout=30)
+    answer = requests.get(f"{relay.url}/channel={channel}", stream=True, timeout=PATIENCE)
     lines = answer.iter_lines()
     assert next(line for line in lines if line.startswith(b"data:")) == b'data: {"id":"none","resumed":false}'
     for number in range(3):
@@ -99,7 +99,7 @@ def node_client(folder, package, code, url):
     """Run ``code``, which prints a line of JSON for each thing that it gets; yields what reads the next one."""
     node, npm = program("node"), program("npm")
     subprocess.run(
-        [npm, "install", "--silent", "--no-audit", "--no-fund", package], cwd=folder, check=True, timeout=180
+        [npm, "install", "--silent", "--no-audit", "--no-fund", package], cwd=folder, check=True, timeout=9 * PATIENCE
     )
     (folder / "client.mjs").write_text(code)
     client = subprocess.Popen([node, "client.mjs", url], cwd=folder, stdout=subprocess.PIPE, text=True)

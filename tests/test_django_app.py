@@ -7,7 +7,7 @@ import pytest
 from pooler import PgBouncer
 from programs import program
 from relay import Relay, run
-from servers import execute, until
+from servers import PATIENCE, execute, until
 from team import Project
 from test_readme import block
 
@@ -146,6 +146,8 @@ def test_anotify(project, redis_server, tmp_path, pages, channel, broker_kind):
         out = project.python(
             f"""
 import asyncio
+from asgiref.sync import sync_to_async
+from django.db import connections
 from tornado_relay import EventError
 from tornado_relay.django import anotify
 
@@ -156,6 +158,7 @@ async def view():
     except EventError:
         print("refused")
     await anotify("{channel}", {{"data": "b"}})
+    await sync_to_async(connections.close_all)()  # as Django does at the end of a request
 
 asyncio.run(view())
 """
@@ -263,7 +266,7 @@ def test_commands(project, tmp_path, channel):
             got = [json.loads(listening.stdout.readline()) for _ in range(2)]
         finally:
             listening.send_signal(signal.SIGINT)
-            _, errors = listening.communicate(timeout=20)
+            _, errors = listening.communicate(timeout=PATIENCE)
         assert [(each["event"], each["data"]) for each in got] == [("paid", '{"sum":1}'), ("message", "hello")]
         assert listening.returncode == 0, errors
         assert "Traceback" not in errors

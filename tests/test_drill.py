@@ -13,7 +13,7 @@ from outages import Proxy
 from pooler import PgBouncer
 from programs import program
 from relay import COMMAND, ROOT, run, watched
-from servers import PostgresServer, RedisServer, until
+from servers import PATIENCE, PostgresServer, RedisServer, until
 
 from tornado_relay import subscribe_token
 
@@ -105,7 +105,8 @@ def full_disk(tmp_path, home, channel):
     """A PostgreSQL with a history, on a disk of its own that is small; yields it and what fills the disk."""
     folder = home / f"disk-{channel}"
     folder.mkdir(mode=0o755)
-    subprocess.run([program("mount"), "-t", "tmpfs", "-o", "size=160m,mode=755", "tmpfs", folder], check=True)
+    mount, umount = program("mount"), program("umount")
+    subprocess.run([mount, "-t", "tmpfs", "-o", "size=160m,mode=755", "tmpfs", folder], check=True)
     try:
         server = PostgresServer(folder, max_wal_size="48MB", min_wal_size="32MB")
         try:
@@ -115,7 +116,7 @@ def full_disk(tmp_path, home, channel):
         finally:
             server.stop("immediate")
     finally:
-        subprocess.run([program("umount"), "--lazy", folder], check=True)
+        subprocess.run([umount, "--lazy", folder], check=True)
 
 
 def test_disk_is_full_for_the_history(full_disk, tmp_path, pages):
@@ -129,7 +130,7 @@ def test_disk_is_full_for_the_history(full_disk, tmp_path, pages):
         def publish(number, size=5000):
             body = {"data": f"{number} " + "x" * size}
             headers = {"Authorization": "Bearer " + "p" * 20}
-            answer = httpx.post(f"{relay.relay.url}/channel=x", json=body, headers=headers, timeout=40)
+            answer = httpx.post(f"{relay.relay.url}/channel=x", json=body, headers=headers, timeout=PATIENCE * 2)
             if answer.status_code == 202:
                 accepted.append(str(number))
             return answer

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from browser import Browser
 from relay import ROOT, environment
-from servers import accepts, free_port, until
+from servers import PATIENCE, accepts, free_port, until
 
 EXAMPLE = ROOT / "examples/board"
 ITEMS = "[...document.querySelectorAll('{} span')].map(item => item.textContent)"
@@ -35,7 +35,7 @@ class Board:
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
+        self.process.wait(PATIENCE)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from pages import Pages
 from programs import program
 from relay import ROOT
-from servers import free_port, until
+from servers import PATIENCE, free_port, until
 
 from tornado_relay import __version__
 
@@ -140,7 +140,7 @@ def test_command_of_the_predecessors_readme(buildah, container, redis_server):
             check = config["Healthcheck"]["Test"][1:]
             buildah("run", "--isolation", "chroot", *env, container, "--", *check)
             os.kill(parent, signal.SIGTERM)
-            process.wait(20)
+            process.wait(PATIENCE)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

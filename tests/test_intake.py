@@ -11,7 +11,7 @@ import httpx
 import pytest
 from pages import got
 from relay import Relay, run
-from servers import PostgresServer, RedisServer, until
+from servers import PATIENCE, PostgresServer, RedisServer, until
 
 TOKEN = "p" * 40
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -27,7 +27,7 @@ def relay(request, tmp_path_factory):
 
 def post(relay, path, body, headers=BEARER):
     content = body if isinstance(body, bytes) else json.dumps(body)
-    return httpx.post(f"{relay.url}{path}", content=content, headers=headers, timeout=20)
+    return httpx.post(f"{relay.url}{path}", content=content, headers=headers, timeout=PATIENCE)
 
 
 def test_event_arrives(relay, pages, channel):

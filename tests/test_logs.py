@@ -8,7 +8,7 @@ import subprocess
 import httpx
 import pytest
 from relay import COMMAND, Relay, environment, run
-from servers import until
+from servers import PATIENCE, until
 
 from tornado_relay import subscribe_token
 
@@ -184,7 +184,7 @@ def test_journal_gets_levels(redis_server, tmp_path, form):
             until(lambda: "listening on" in log.read_text(), "it listens")
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(PATIENCE)
     lines = log.read_text().splitlines()
     assert all(re.match("<[2-7]>", line) for line in lines)
     (warning,) = [line for line in lines if "no authentication" in line]

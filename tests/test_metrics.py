@@ -172,8 +172,7 @@ def test_broker_that_goes_and_comes(home, tmp_path, channel, pages):
     """It is down in each worker, streams are refused for it, and told of it when it is back."""
     folder = home / f"metrics-{channel}"
     folder.mkdir()
-    server = RedisServer(folder)
-    with watched(tmp_path, workers=2, **server.environment) as relay:
+    with RedisServer(folder) as server, watched(tmp_path, workers=2, **server.environment) as relay:
         page, *_ = pages.open(relay.relay.port, ["/channel=x"] * 3)
         server.stop()
         until(lambda: named(relay.metrics(), "sse_relay_broker_up") == {"0": 0, "1": 0}, "it is missed")
@@ -185,7 +184,6 @@ def test_broker_that_goes_and_comes(home, tmp_path, channel, pages):
         pages.until(lambda: page.events, "the reset")
         assert counted(relay, "resets") == {"broker-reconnect": 3}
         until(lambda: named(relay.metrics(), "sse_relay_broker_probe_seconds"), "a probe", 40)
-    server.stop()
 
 
 def test_replays_and_resets(kept, tmp_path, pages, channel):

@@ -119,7 +119,11 @@ class Prometheus:
         )
 
     def __enter__(self):
-        until(self._answers, "Prometheus answers")
+        try:
+            until(self._answers, "Prometheus answers")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -165,8 +169,8 @@ def test_alerts_and_dashboard_of_a_running_relay(home, tmp_path, channel, pages)
     """Every panel has data; the broker's end, workers that are killed, and the relay's end are each told, and pass."""
     folder = home / f"monitoring-{channel}"
     folder.mkdir()
-    server = RedisServer(folder)
     with (
+        RedisServer(folder) as server,
         watched(tmp_path, workers=2, **server.environment) as relay,
         Prometheus(tmp_path, relay.url.removeprefix("http://")) as prometheus,
     ):
@@ -195,4 +199,3 @@ def test_alerts_and_dashboard_of_a_running_relay(home, tmp_path, channel, pages)
         until(lambda: "RelayWorkersRestart" in prometheus.firing(), "that they end is told", 40)
         relay.relay.stop()
         until(lambda: "RelayDown" in prometheus.firing(), "the relay is missed", 40)
-    server.stop()

@@ -11,7 +11,7 @@ import psycopg2
 import pytest
 import redis
 from relay import ROOT, environment
-from servers import PostgresServer, RedisServer, until
+from servers import PATIENCE, PostgresServer, RedisServer, until
 
 import tornado_relay
 from tornado_relay import BrokerError, BrokerUnavailable, ChannelError, EventError, SettingsError, notify
@@ -31,7 +31,7 @@ class Listener:
             self.connection = redis.Redis.from_url(broker.url)
             self.pubsub = self.connection.pubsub()
             self.pubsub.subscribe(channel)
-            self.pubsub.get_message(timeout=5)
+            self.pubsub.get_message(timeout=PATIENCE)
         self.got = []
 
     def __enter__(self):
@@ -193,7 +193,7 @@ def test_connection_that_breaks_while_an_event_is_sent_is_said_and_not_retried(p
         time.sleep(0.2)  # the statement is in the socket's buffer: there is nothing to wait for
         os.kill(pid, 15)
         os.kill(pid, 18)
-        thread.join(20)
+        thread.join(PATIENCE)
     blocker.close()
     assert "may be lost" in str(errors[0])
     publisher.publish(channel, "{}")
@@ -235,7 +235,7 @@ loaded = [name for name in ('tornado', 'asyncio', 'psycopg2', 'redis', 'django',
 assert not loaded, loaded
 assert threading.active_count() == 1
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment())
 
 
 @pytest.mark.parametrize("kind", ["postgres", "redis"])

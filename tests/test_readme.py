@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from programs import program
 from relay import COMMAND, ROOT, Relay, environment, run
-from servers import execute, until
+from servers import PATIENCE, execute, until
 
 from tornado_relay.cli import main
 from tornado_relay.counts import RESETS
@@ -252,7 +252,10 @@ def test_javascript_of_the_page(redis_server, relay_on_redis, tmp_path):
     """It logs the order's total; run by Node with a standard EventSource."""
     node, npm = program("node"), program("npm")
     subprocess.run(
-        [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180
+        [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"],
+        cwd=tmp_path,
+        check=True,
+        timeout=PATIENCE * 9,
     )
     script = block("javascript", "new EventSource", README).replace("http://localhost:8001", relay_on_redis.url)
     (tmp_path / "page.mjs").write_text(f"import {{ EventSource }} from 'eventsource'\n{script}\n")
@@ -280,7 +283,7 @@ def test_redis_snippet(redis_server, relay_on_redis, pages, channel):
     (page,) = pages.open(relay_on_redis.port, [f"/channel={channel}"])
     snippet = block("python", "redis.from_url").replace("redis://localhost:6379/0", redis_server.url)
     code = f"{snippet}\nnotify({channel!r}, {{'event': 'e', 'data': \"it's\"}})\n"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
     pages.until(lambda: page.events, "the event")
     assert page.data == ["it's"]
 
@@ -299,7 +302,7 @@ def test_sql_snippet(postgres_server, tmp_path, pages):
 def test_benchmark_runs(tmp_path):
     """With few streams; it writes the table and the chart that the page shows, the relay first."""
     command = [sys.executable, ROOT / "benchmarks/fanout.py", "--streams", "20", "--seconds", "1", "--out", tmp_path]
-    subprocess.run(command, check=True, env=environment(), capture_output=True, timeout=180)
+    subprocess.run(command, check=True, env=environment(), capture_output=True, timeout=PATIENCE * 9)
     measured, shown = (
         [
             re.split(r", which| \| ", line)[0]

@@ -13,7 +13,7 @@ import pytest
 from conftest import Kept
 from programs import program
 from relay import ROOT, Relay, run
-from servers import accepts, free_port, until
+from servers import PATIENCE, accepts, free_port, until
 from test_readme import block
 
 from tornado_relay import subscribe_token
@@ -207,7 +207,7 @@ def test_deploy_behind_nginx(kept, running, tab, channel, tmp_path):
         assert all(states(each) == ["open", *["away"] * states(each).count("away"), "open"] for each in tabs)
     finally:
         nginx.terminate()
-        nginx.wait(20)
+        nginx.wait(PATIENCE)
 
 
 def test_many_tokens(kept_redis, running, tab, channel):
@@ -526,7 +526,10 @@ def test_types(tmp_path):
     """They compile strictly, a RelaySource can stand where an EventSource does, and what is wrong is an error."""
     npm, npx = program("npm"), program("npx")
     subprocess.run(
-        [npm, "install", "--silent", "--no-audit", "--no-fund", "typescript@5"], cwd=tmp_path, check=True, timeout=180
+        [npm, "install", "--silent", "--no-audit", "--no-fund", "typescript@5"],
+        cwd=tmp_path,
+        check=True,
+        timeout=PATIENCE * 9,
     )
     shutil.copy(ROOT / "tornado_relay/static/relay.d.ts", tmp_path)
     (tmp_path / "page.ts").write_text(

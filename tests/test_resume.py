@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from outages import end_listeners
 from pages import come_back, data_of, got, resets
-from relay import COMMAND, Relay, run
+from relay import COMMAND, Relay, environment, run
 from servers import until
 
 from tornado_relay.errors import PayloadTooLarge
@@ -366,7 +366,8 @@ def test_listen_misses_nothing(kept, tmp_path, channel):
     """The command comes back to where it began, even if it had no event yet."""
     with Relay(tmp_path, "--workers", "1", **kept.environment) as relay:
         command = [COMMAND, "listen", f"{relay.url}/channel={channel}"]
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as listening:
+        options = {"cwd": tmp_path, "env": environment(), "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **options) as listening:
             try:
                 for number in range(2):
                     until(lambda number=number: relay.log.count("stream opened") == number + 1, "it listens")

@@ -14,7 +14,7 @@ import psycopg2
 import pytest
 from psycopg2.errors import DivisionByZero, InsufficientPrivilege, SerializationFailure
 from relay import Relay, run
-from servers import PostgresServer, free_port, until
+from servers import PostgresServer, free_port, patience, until
 
 from tornado_relay import BrokerRefused, schema
 from tornado_relay.brokers.message import Message, read
@@ -349,7 +349,7 @@ def test_a_million_events_go_while_others_come(history):
     sql(history, "SELECT setval('sse_relay.event_id', 1000000)")
 
     def work(number):
-        with session(history, options="-c lock_timeout=5s") as cursor:
+        with session(history, options=f"-c lock_timeout={patience(5)}s") as cursor:
             while more:
                 cursor.execute(PUBLISH, (CHANNELS[number], "new"))
                 written[number] += 1

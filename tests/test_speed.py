@@ -31,6 +31,8 @@ def counted(relay, home):
     command = [program("strace"), "-f", "-o", log, "-p", str(worker)]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     if "attached" not in (said := tracer.stderr.readline()):
+        tracer.kill()
+        tracer.communicate()
         pytest.skip(f"this machine lets us trace no process: {said}")
     calls = Counter()
     try:

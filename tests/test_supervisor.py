@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from relay import COMMAND, ROOT, Relay, environment, run
-from servers import RedisServer, free_port, until
+from servers import PATIENCE, RedisServer, free_port, until
 
 from tornado_relay import subscribe_token
 
@@ -36,7 +36,7 @@ def test_sigterm_drains_and_ends_with_0(broker, tmp_path, pages):
         pages.until(lambda: all(page.closed for page in opened), "all are closed")
         assert all(page.body.rstrip().rpartition(b"\n")[2].startswith(b"retry: ") for page in opened)
         assert len({page.body.rstrip().rpartition(b"\n")[2] for page in opened}) > 10, "the retry times are jittered"
-        assert relay.process.wait(10) == 0
+        assert relay.process.wait(PATIENCE) == 0
         assert [state(pid) for pid in workers] == [None, None]
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", relay.port), 1)
@@ -44,7 +44,7 @@ def test_sigterm_drains_and_ends_with_0(broker, tmp_path, pages):
 
 def test_streams_get_events_while_they_drain(broker, tmp_path, pages, channel):
     """A stream that is still open during the drain is a stream."""
-    with Relay(tmp_path, "--workers", "1", "--drain-seconds", "30", **broker.environment) as relay:
+    with Relay(tmp_path, "--workers", "1", "--drain-seconds", "60", **broker.environment) as relay:
         opened = pages.open(relay.port, [f"/channel={channel}"] * 10)
         relay.signal(signal.SIGTERM)
         pages.until(lambda: any(page.closed for page in opened), "the drain has begun")
@@ -52,18 +52,18 @@ def test_streams_get_events_while_they_drain(broker, tmp_path, pages, channel):
         broker.publish(channel, "late")
         pages.until(lambda: all(page.events for page in opened if not page.closed), "the event")
         relay.signal(signal.SIGTERM)
-        assert relay.process.wait(5) == 0, "a second SIGTERM does not wait"
+        assert relay.process.wait(PATIENCE) == 0, "a second SIGTERM does not wait"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
 def test_sigint_stops_at_once(broker, tmp_path, pages, number):
     """Ctrl-C does not wait for the drain; streams are still told when to come back."""
-    with Relay(tmp_path, "--workers", "2", "--drain-seconds", "60", **broker.environment) as relay:
+    with Relay(tmp_path, "--workers", "2", "--drain-seconds", "300", **broker.environment) as relay:
         opened = pages.open(relay.port, ["/channel=x"] * 10)
         relay.signal(number)
         pages.until(lambda: all(page.closed for page in opened), "all are closed")
         assert all(page.body.count(b"retry: ") == 2 for page in opened)
-        assert relay.process.wait(5) == 0
+        assert relay.process.wait(PATIENCE) == 0
 
 
 def test_sighup_replaces_the_workers_one_at_a_time_with_new_settings(broker, tmp_path, pages, channel):
@@ -206,7 +206,7 @@ def test_sigterm_while_a_reload_replaces_a_dead_worker(tmp_path, redis_server):
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         relay.signal(signal.SIGTERM)
-        assert relay.process.wait(20) == 0
+        assert relay.process.wait(PATIENCE) == 0
         assert "Traceback" not in relay.log
 
 
@@ -319,7 +319,7 @@ class TestBootFailures:
             env=environment(**postgres_server.environment),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE * 3,
             check=False,
         )
         assert done.returncode == 2
@@ -411,7 +411,7 @@ os.execv({COMMAND!r}, [{COMMAND!r}, "--host", "127.0.0.1", "--port", "{free_port
         os.kill(first, signal.SIGHUP)
         until(lambda: " reloaded" in log.read_text(), "a reload, too, is of the same process")
         os.kill(first, signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.wait()

@@ -163,7 +163,7 @@ def test_fixtures(broker, tmp_path):
     """Without Django, in a suite that names the plugin."""
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["tornado_relay.testing.fixtures"]\n')
     (tmp_path / "test_ours.py").write_text(FIXTURES)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_ours.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:tornado", "test_ours.py"]
     done = subprocess.run(
         command,
         cwd=tmp_path,

@@ -11,7 +11,7 @@ import re
 import socket
 
 from tornado.escape import url_unescape
-from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPServerRequest
+from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPServerRequest, RequestStartLine
 from tornado.web import HTTPError
 
 from .access import Grant
@@ -55,7 +55,8 @@ class Entry:
             return False
         try:
             headers = HTTPHeaders.parse(match[2].decode("latin-1"))
-            request = HTTPServerRequest("GET", match[1].decode(), "HTTP/1.1", headers)
+            start_line = RequestStartLine("GET", match[1].decode(), "HTTP/1.1")
+            request = HTTPServerRequest(headers=headers, start_line=start_line)
             if (
                 "text/event-stream" not in headers.get("Accept", "")
                 or not relay.origins.admits(headers.get("Origin"))

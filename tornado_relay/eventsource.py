@@ -11,6 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
@@ -121,9 +122,11 @@ class Connection:
             self._http.request("GET", target, headers=headers)
             self.response = self._http.getresponse()
         except (OSError, http.client.HTTPException, UnicodeError) as exc:
+            self._http.close()
             raise BrokerUnavailable(f"no relay at {unix_socket or parts.netloc}: {exc}") from exc
         if self.response.status != 200:
             told = self.response.read(1000).decode(errors="replace").strip()
+            self.close()
             error = BrokerUnavailable if self.response.status >= 500 else RelayError
             raise error(f"the relay answered {self.response.status}: {told}")
 
@@ -169,6 +172,7 @@ class Connection:
 
     def close(self) -> None:
         """End the stream from this side."""
+        self.response.close()  # has the socket for itself when the other side will close the connection
         self._http.close()
 
 
@@ -186,7 +190,8 @@ def listen(url: str, on_trouble: Callable[[str], None], *, unix_socket: str = ""
     while True:
         try:
             connection = Connection(url, unix_socket=unix_socket, last_event_id=last_event_id)
-            yield from connection
+            with closing(connection):
+                yield from connection
             # Not that of the last event: also heartbeats move it.
             last_event_id = connection.parser.last_event_id or last_event_id
             retry = connection.parser.retry or retry

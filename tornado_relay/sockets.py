@@ -60,7 +60,11 @@ def listen(settings: Settings, public: list[socket.socket], admin: list[socket.s
         _say_unused(settings, "admin_host", "admin_port")
         (admin,) = share(admin, 1)
     elif settings.admin_port:
-        (admin,) = bind(settings.admin_host, settings.admin_port, 1, "--admin-host, --admin-port")
+        try:
+            (admin,) = bind(settings.admin_host, settings.admin_port, 1, "--admin-host, --admin-port")
+        except SettingsError:
+            _close(groups)
+            raise
     return Listening(groups, admin, socket_file)
 
 
@@ -74,24 +78,24 @@ def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> lis
         SettingsError: If the address does not exist or is taken.
 
     """
+    groups: list[list[socket.socket]] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         addresses = list(dict.fromkeys((info[0], info[4]) for info in found))
         for family, address in addresses:
             if port:
                 _refuse_taken(family, address)
-        groups = []
         for _ in range(count):
-            group = []
+            group: list[socket.socket] = []
+            groups.append(group)
             for family, address in addresses:
-                listener = _reuse(family)
+                group.append(listener := _reuse(family))
                 listener.bind((address[0], port, *address[2:]))
                 port = port or listener.getsockname()[1]
                 listener.listen(BACKLOG)
-                group.append(listener)
-            groups.append(group)
         return groups
     except (OSError, UnicodeError) as exc:  # UnicodeError: a name that IDNA does not allow
+        _close(groups)
         why = getattr(exc, "strerror", None) or exc
         raise SettingsError(f"cannot listen on {host}:{port} ({flags}): {why}") from exc
 
@@ -118,7 +122,11 @@ def bind_unix(path: str, count: int) -> list[list[socket.socket]]:
         Path(path).chmod(0o666)
         listener.listen(BACKLOG)
     except OSError as exc:
+        listener.close()
         raise SettingsError(f"--unix-socket: cannot listen on {path}: {exc.strerror or exc}") from exc
+    except SettingsError:
+        listener.close()
+        raise
     return share([listener], count)
 
 
@@ -141,6 +149,12 @@ def share(listeners: list[socket.socket], count: int) -> list[list[socket.socket
     for listener in listeners:
         listener.close()
     return groups
+
+
+def _close(groups: list[list[socket.socket]]) -> None:
+    for group in groups:
+        for listener in group:
+            listener.close()
 
 
 def identity(path: str) -> tuple[int, int] | None:

@@ -75,6 +75,8 @@ class PostgresListener:
         self._work = asyncio.Event()
         # Statements that wait for their turn, each with its arguments and who wants the rows.
         self._queries: deque[tuple[str, Any, asyncio.Future[list[tuple[Any, ...]]]]] = deque()
+        # Messages that come before all channels are listened to; None from then on. Streams are told of the gap first.
+        self._early: list[Message] | None = None
         # From the first message on whose payload has to be read from the history, all wait for it.
         self._held: list[Message] = []
         self._held_since = 0.0
@@ -128,6 +130,7 @@ class PostgresListener:
 
     async def session(self, on_up: Callable[[], None]) -> None:
         """Connect, and read until the connection is lost, which raises."""
+        self._early = []
         try:
             address = await self._connect()
             await self._check_pooler(address)
@@ -139,6 +142,8 @@ class PostgresListener:
                 )
             await self._send_all()
             on_up()
+            early, self._early = self._early, None
+            self._dispatch(early)
             await self._serve()
         except asyncio.TimeoutError as exc:
             raise BrokerUnavailable("no answer in time") from exc
@@ -345,6 +350,12 @@ class PostgresListener:
             else:
                 messages.append(message)
         notifies.clear()
+        if self._early is not None:
+            self._early += messages
+        else:
+            self._dispatch(messages)
+
+    def _dispatch(self, messages: list[Message]) -> None:
         if self._held or any(message.payload is None for message in messages):
             self._held_since = self._held_since if self._held else self._heard_at
             self._held += messages
