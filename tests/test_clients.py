@@ -2,8 +2,10 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
+import threading
 from contextlib import contextmanager
 
 import httpx
@@ -96,18 +98,20 @@ def test_requests(relay, broker, channel):
 
 @contextmanager
 def node_client(folder, package, code, url):
-    """Run ``code``, which prints a line of JSON for each thing that it gets; yields what reads the next one."""
+    """Run ``code``, which prints lines of JSON, and yield a function that returns the next of them."""
     node, npm = program("node"), program("npm")
     subprocess.run(
         [npm, "install", "--silent", "--no-audit", "--no-fund", package], cwd=folder, check=True, timeout=9 * PATIENCE
     )
     (folder / "client.mjs").write_text(code)
     client = subprocess.Popen([node, "client.mjs", url], cwd=folder, stdout=subprocess.PIPE, text=True)
+    lines = queue.Queue()
+    threading.Thread(target=lambda: [lines.put(line) for line in client.stdout], daemon=True).start()
     try:
-        yield lambda: json.loads(client.stdout.readline())
+        yield lambda: json.loads(lines.get(timeout=PATIENCE))
     finally:
         client.kill()
-        client.communicate()
+        client.wait()
 
 
 NPM_EVENTSOURCE = """
