@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from outages import end_listeners
 from relay import Relay
-from servers import patience
+from servers import patience, standing_still
 
 # What each lane does, and how likely each of it is. Lanes go on beside each other; within one, faults follow each other.
 LANES = {
@@ -121,7 +121,8 @@ class Chaos:
         if fault.kind == "end sessions":
             end_listeners(self.broker)
         elif fault.kind == "stand still":
-            stand_still(self.broker.processes(), fault.hold)
+            with standing_still(*self.broker.processes()):
+                time.sleep(fault.hold)
         else:
             self.broker.stop(fault.kind.split()[1])
             time.sleep(fault.hold)
@@ -137,7 +138,8 @@ class Chaos:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         elif pid:
-            stand_still([pid], fault.hold)
+            with standing_still(pid):
+                time.sleep(fault.hold)
 
     def _relays(self, fault):
         number = int(fault.pick * len(self.relays))
@@ -161,16 +163,6 @@ class Chaos:
 
 def chosen(items, pick):
     return items[int(pick * len(items))] if items else None
-
-
-def stand_still(pids, seconds):
-    """Stop processes for a time, those of them that are still there."""
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        if number == signal.SIGSTOP:
-            time.sleep(seconds)
 
 
 def read_until(fleets, condition, what, seconds, state=""):

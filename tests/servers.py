@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg2
@@ -51,6 +52,20 @@ def accepts(port):
         time.sleep(0.05)
         return False
     return True
+
+
+@contextmanager
+def standing_still(*pids):
+    """Stop processes meanwhile; one that ends is gone."""
+    try:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def execute(url, statement, *arguments):

@@ -14,7 +14,7 @@ from outages import Proxy, end_listeners
 from pages import Pages
 from redis.exceptions import RedisError
 from relay import Relay, run
-from servers import PostgresServer, RedisServer, until
+from servers import PostgresServer, RedisServer, standing_still, until
 from storm import CHANNELS, EVENTS, difference, kept_events, storm
 
 
@@ -97,7 +97,8 @@ def test_broker_goes_away(server, tmp_path, how):
                 time.sleep(0.5)
                 end_listeners(server)
         elif how == "stopped":
-            stand_still(server.processes(), 20)
+            with standing_still(*server.processes()):
+                time.sleep(20)
         else:
             server.stop(how)
             server.start()
@@ -159,16 +160,6 @@ def test_stream_that_leaves_one_relay_goes_on_at_the_other(server, tmp_path, cha
             assert stream.got == kept, difference(stream, kept)
             assert not stream.resets
         assert max(stream.connections for stream in fleet.streams) > 3
-
-
-def stand_still(pids, seconds):
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        time.sleep(seconds)
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def listeners(server):

@@ -119,7 +119,7 @@ def test_upgrade_by_sighup_loses_no_event_and_refuses_nobody(kept, tmp_path, ins
 )
 def test_code_that_does_not_serve_changes_nothing(redis_server, tmp_path, pages, installed, changes, why):
     """The old workers go on with their streams, one that dies is followed by another, and the mended code is taken."""
-    with installed.relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
+    with installed.relay(tmp_path, "--workers", "2", troubled=True, **redis_server.environment) as relay:
         workers = relay.workers()
         (page,) = pages.open(relay.port, ["/channel=x"])
         originals = {name: (new, old) for name, (old, new) in changes.items()}
