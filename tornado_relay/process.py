@@ -1,15 +1,19 @@
-"""One forked worker, from its fork to its exit status."""
+"""One forked worker, from its fork to its exit status, and its place among the others."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import mmap
 import os
 import signal
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+from .brokers.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +126,20 @@ class Process:
         if self.pipe >= 0:
             os.close(self.pipe)
             self.pipe = -1
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """The place of one worker: its listening sockets, and who accepts on them."""
+
+    number: int
+    sockets: list[socket.socket]
+    current: Process | None = None
+    """The worker that serves; during a reload it goes on until `replacement` serves."""
+    replacement: Process | None = None
+    backoff: Backoff = dataclasses.field(default_factory=lambda: Backoff(0.1, 30.0))
+    due: float | None = 0.0
+    """When to start the next worker, while there is none."""
 
 
 def fork(run: Run, close: Iterable[Callable[[], None]], drain_seconds: float, row: int = -1) -> Process:

@@ -11,17 +11,15 @@ import logging
 import os
 import select
 import signal
-import socket
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from . import limits
-from .brokers.backoff import Backoff
 from .counts import LAYOUT, PID, RELOADS, RESTARTS, Counts, Ledger
 from .handover import FIXED, Handover, Heir
-from .process import SIGNALS, Process, died, fork
+from .process import SIGNALS, Process, Slot, died, fork
 from .settings import Settings
 from .sockets import Admin, Listening, identity, shown
 from .systemd import Notifier
@@ -33,20 +31,6 @@ HEALTHY_SECONDS = 10.0
 
 RunWorker = Callable[..., int]
 """`worker.run`."""
-
-
-@dataclasses.dataclass(eq=False)
-class Slot:
-    """The place of one worker: its listening sockets, and who accepts on them."""
-
-    number: int
-    sockets: list[socket.socket]
-    current: Process | None = None
-    """The worker that serves; during a reload it goes on until `replacement` serves."""
-    replacement: Process | None = None
-    backoff: Backoff = dataclasses.field(default_factory=lambda: Backoff(0.1, 30.0))
-    due: float | None = 0.0
-    """When to start the next worker, while there is none."""
 
 
 class Supervisor:
