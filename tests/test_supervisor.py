@@ -99,6 +99,22 @@ def test_sighup_with_wrong_settings_changes_nothing(broker, tmp_path, pages):
         assert not page.closed
 
 
+@pytest.mark.parametrize("pad", ["", "x"])
+def test_sighup_with_a_long_wrong_setting_changes_nothing(redis_server, tmp_path, pages, pad):
+    """Its end says what is wrong, so that is logged too, whatever letter the cut before it would go through."""
+    env_file = tmp_path / "relay.env"
+    env_file.write_text("")
+    with Relay(tmp_path, "--workers", "1", "--env-file", env_file, **redis_server.environment) as relay:
+        (page,) = pages.open(relay.port, ["/channel=x"])
+        names = [f"https://kund{pad}-{n}.müllerstraße-öäü.example" for n in range(100)]
+        env_file.write_text(f"ALLOWED_ORIGINS={','.join(names)},shop.example\n")
+        relay.signal(signal.SIGHUP)
+        until(lambda: "reload refused" in relay.log, "the refusal")
+        assert re.search(r"reload refused.*ALLOWED_ORIGINS.* \[\.\.\.\] .*shop\.example", relay.log)
+        redis_server.publish("x", "hello")
+        pages.until(lambda: page.events, "the event")
+
+
 def test_sighup_with_a_broker_that_refuses_keeps_the_old_workers(tmp_path, pages, postgres_server):
     """A new worker must serve before an old one goes."""
     env_file = tmp_path / "relay.env"

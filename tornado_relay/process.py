@@ -6,11 +6,13 @@ import dataclasses
 import logging
 import mmap
 import os
+import select
 import signal
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import NoReturn
 
 from .brokers.backoff import Backoff
@@ -26,6 +28,10 @@ START_SECONDS = 60.0
 # What a worker gets beyond its drain before it is killed.
 GRACE_SECONDS = 5.0
 
+# The most of a report that a parent reads. A report of this version is one atomic write, another version may do otherwise.
+MAX_REPORT = 65_536
+_CUT = " [...] "
+
 
 class Report:
     """
@@ -40,8 +46,14 @@ class Report:
         self.pipe = pipe
 
     def __call__(self, trouble: str) -> None:
-        """Say it."""
-        os.write(self.pipe, (trouble or "ready").encode()[:4096])
+        """Say it; of a text that is too long for one atomic write (pipe(7)) the beginning and the end."""
+        data = (trouble or "ready").encode(errors="backslashreplace")
+        if len(data) > select.PIPE_BUF:
+            half = (select.PIPE_BUF - len(_CUT)) // 2
+            # A letter that the cut goes through is left out.
+            parts = (part.decode(errors="ignore") for part in (data[:half], data[-half:]))
+            data = _CUT.join(parts).encode()
+        os.write(self.pipe, data)
         os.close(self.pipe)
 
 
@@ -77,18 +89,33 @@ class Process:
         # When it was told to end.
         self.leaving_since: float | None = None
         self._memory = mmap.mmap(pulse, 8)
+        self._told = b""
+        if pipe >= 0:
+            # Another process may hold the other end, so even the end of a report must not be waited for.
+            os.set_blocking(pipe, False)
 
     def beat(self) -> None:
         """Note that the loop turns."""
         struct.pack_into("d", self._memory, 0, time.monotonic())
 
-    def read_report(self) -> None:
-        """Take in what it has reported; an end of file without a word is left to its exit status."""
-        told = os.read(self.pipe, 4096).decode()
-        os.close(self.pipe)
-        self.pipe = -1
-        self.ready = told == "ready"
-        self.trouble = "" if self.ready else told
+    def read_report(self, *, ended: bool = False) -> None:
+        """
+        Take in what it has reported so far. The report is complete at the end of file, or if the process has ``ended``.
+
+        The bytes are the child's: any are allowed. No word at all is left to its exit status.
+        """
+        try:
+            piece = os.read(self.pipe, MAX_REPORT)
+        except BlockingIOError:
+            piece = None
+        except OSError:
+            piece = b""
+        self._told += piece or b""
+        if piece == b"" or ended or len(self._told) > MAX_REPORT:
+            os.close(self.pipe)
+            self.pipe = -1
+            self.ready = self._told == b"ready"
+            self.trouble = "" if self.ready else self._told.decode(errors="replace")
 
     def dismiss(self, number: signal.Signals) -> None:
         """Tell it to end: by SIGTERM once, by SIGINT also when it is ending already."""
@@ -116,8 +143,8 @@ class Process:
         """Send it a signal."""
         try:
             os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass  # it ended by itself; its parent will hear of it
+        except OSError:
+            pass  # it ended by itself, and its parent will hear of it; or it runs as somebody else, and nothing helps
 
     def close(self) -> None:
         """Let go of what was shared with it."""
@@ -156,10 +183,15 @@ def fork(run: Run, close: Iterable[Callable[[], None]], drain_seconds: float, ro
         OSError: If there can be no more processes.
 
     """
-    pulse = os.memfd_create("pulse")
-    os.ftruncate(pulse, 8)
-    pipe, write = os.pipe()
-    process = Process(pulse, pipe, drain_seconds, row)
+    with ExitStack() as undo:
+        pulse = os.memfd_create("pulse")
+        undo.callback(os.close, pulse)
+        os.ftruncate(pulse, 8)
+        pipe, write = os.pipe()
+        undo.callback(os.close, pipe)
+        undo.callback(os.close, write)
+        process = Process(pulse, pipe, drain_seconds, row)
+        undo.pop_all()
     process.beat()
     # A signal for the child must not be written to the parent's wakeup pipe, which it has until then.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

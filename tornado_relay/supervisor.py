@@ -13,6 +13,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -129,7 +130,8 @@ class Supervisor:
         finally:
             # By now it may be another relay's.
             if self._socket_file and identity(self.settings.unix_socket) == self._socket_file:
-                Path(self.settings.unix_socket).unlink()
+                with suppress(OSError):
+                    Path(self.settings.unix_socket).unlink()
 
     def _wait(self) -> list[int]:
         """Sleep until a signal, a report or the next thing that is due; return the signals."""
@@ -231,14 +233,15 @@ class Supervisor:
 
     def _gone(self, process: Process, slot: Slot, status: int) -> None:
         if process.pipe >= 0:
-            process.read_report()
+            process.read_report(ended=True)
         process.close()
         if process is self._trial:
             self._tried("" if process.ready else process.trouble or died(status))
             return
         self._free(process.row)
         if self.admin:
-            self.admin.path(slot.number, process.pid).unlink(missing_ok=True)
+            with suppress(OSError):  # whatever there is now in its place
+                self.admin.path(slot.number, process.pid).unlink()
         if process is slot.replacement:
             slot.replacement = None
             if not self._stopping:
@@ -338,7 +341,7 @@ class Supervisor:
         if not self._stopping and not trouble:
             try:
                 self._handover().execute()
-            except OSError as exc:
+            except (OSError, ValueError) as exc:
                 trouble = f"the new code cannot be run: {exc}"
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if trouble and not self._stopping:
