@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from servers import until
 
-from tornado_relay.process import MAX_REPORT, Process, Report, fork
+from tornado_relay.process import MAX_REPORT, Process, Report, died, fork
 
 LETTERS = "mülleröäü€🙂"
 
@@ -104,3 +104,12 @@ def test_fork_that_cannot_be_leaves_no_descriptor():
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     until(lambda: sorted(int(path.name) for path in descriptors.iterdir()) == opened, "as many as before")
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(3, "ended with status 3"), (-9, "was ended by SIGKILL"), (-40, "was ended by signal 40")],
+)
+def test_end_of_a_process_in_words(status, said):
+    """Most real-time signals have no name."""
+    assert died(status) == said

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from relay import COMMAND, ROOT, Relay, environment, run
-from servers import RedisServer, free_port, until
+from servers import RedisServer, accepts, free_port, until
 
 from tornado_relay import subscribe_token
 
@@ -226,13 +226,29 @@ def test_sigterm_while_a_reload_replaces_a_dead_worker(tmp_path, redis_server):
         assert "Traceback" not in relay.log
 
 
-def test_any_signal_that_ends_a_worker_is_survived(tmp_path, redis_server):
-    """Also a real-time signal, which has no name."""
+def test_signal_that_ends_a_worker_is_survived(tmp_path, redis_server):
+    """The worker is replaced, and the log names the signal."""
     with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
         (pid,) = relay.workers()
-        os.kill(pid, 40)
-        until(lambda: "was ended by signal 40" in relay.log, "it is noticed")
+        os.kill(pid, signal.SIGXCPU)
+        until(lambda: "was ended by SIGXCPU" in relay.log, "it is noticed")
         until(lambda: relay.log.count("Redis connected") == 2, "the next worker serves")
+
+
+def test_stray_signals_are_ignored(tmp_path, redis_server, pages):
+    """Those that would end a process by default, and that a relay has no use for, end neither parent nor workers."""
+    strays = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO]
+    strays += [signal.SIGPWR, signal.SIGPIPE, signal.SIGRTMIN, 40, signal.SIGRTMAX]
+    with Relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
+        opened, workers = pages.open(relay.port, ["/channel=x"] * 8), relay.workers()
+        for number in strays:
+            for pid in (relay.process.pid, *workers):
+                os.kill(pid, number)
+        redis_server.publish("x", "hello")
+        pages.until(lambda: all(page.events for page in opened), "the event")
+        until(lambda: "SIGUSR1 is ignored" in relay.log and "signal 40 is ignored" in relay.log, "it is logged")
+        assert relay.workers() == workers
+        assert relay.stop() == 0
 
 
 def test_stuck_worker_is_killed_and_replaced(redis_server, tmp_path, pages):
@@ -264,6 +280,81 @@ def test_workers_end_when_the_supervisor_is_killed(redis_server, tmp_path, pages
         relay.process.kill()
         relay.process.wait()
         until(lambda: all(state(pid) is None for pid in workers), "the workers are gone")
+
+
+def test_port_is_free_when_the_supervisor_is_killed(redis_server, tmp_path, pages):
+    """The kernel ends the workers, even those that hang, so the next relay can start immediately."""
+    with Relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
+        workers, (page,) = relay.workers(), pages.open(relay.port, ["/channel=x"])
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        relay.process.kill()
+        relay.process.wait()
+        pages.until(lambda: page.closed, "the stream ends")
+        until(lambda: all(state(pid) in (None, "Z") for pid in workers), "the workers are gone")
+        with Relay(tmp_path, "--workers", "1", port=relay.port, **redis_server.environment) as after:
+            assert pages.open(after.port, ["/channel=x"])[0].status == 200
+
+
+def test_worker_whose_supervisor_dies_during_the_fork_ends(redis_server, tmp_path):
+    """A child that comes too late to hear of its parent's death does not serve as nobody's worker."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, time
+def wait():
+    while os.getppid() == parent:
+        time.sleep(0.01)
+def remember():
+    global parent
+    parent = os.getpid()
+os.register_at_fork(before=remember, after_in_child=wait)
+""")
+    relay = Relay(tmp_path, "--workers", "2", PYTHONPATH=str(tmp_path), **redis_server.environment)
+    try:
+        workers = until(lambda: len(pids := relay.workers()) == 2 and pids, "both are forked")
+    finally:
+        relay.process.kill()
+        relay.process.wait()
+    until(lambda: all(state(pid) in (None, "Z") for pid in workers), "the workers are gone")
+
+
+def test_signal_to_the_whole_group_leaves_no_noise(redis_server, tmp_path):
+    """Those that come while a worker closes its loop are nobody's any more; the worker ends with status 0."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, signal
+from asyncio.selector_events import BaseSelectorEventLoop
+close = BaseSelectorEventLoop.close
+def late(loop):
+    close(loop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+BaseSelectorEventLoop.close = late
+""")
+    with Relay(tmp_path, "--workers", "2", PYTHONPATH=str(tmp_path), **redis_server.environment) as relay:
+        (one, _) = relay.workers()
+        os.kill(one, signal.SIGTERM)
+        until(lambda: f"({one}) ended with status 0, the next starts" in relay.log, "it has ended")
+        assert relay.stop() == 0
+        for noise in ("Traceback", "Bad file descriptor", "Exception ignored"):
+            assert noise not in relay.log
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_streams(redis_server, tmp_path, pages, closed):
+    """As some daemons start their children: the relay serves, reloads, and ends with 0."""
+    port, command = free_port(), ("sh", "-c", f'exec "$@" {closed}', "sh", COMMAND)
+    relay = Relay(tmp_path, "--workers", "1", port=port, command=command, **redis_server.environment)
+    try:
+        until(lambda: relay.process.poll() is not None or accepts(port), "it listens")
+        assert pages.open(port, ["/healthz"])[0].status == 200
+        for pid in (relay.process.pid, *relay.workers()):
+            for number in range(3):
+                assert str(Path(f"/proc/{pid}/fd/{number}").readlink()) in ("/dev/null", str(relay.log_path))
+        before = relay.workers()
+        relay.signal(signal.SIGHUP)
+        until(lambda: not set(before) & set(relay.workers()), "the reload")
+        assert pages.open(port, ["/healthz"])[0].status == 200
+    finally:
+        assert relay.stop() == 0
 
 
 def test_parent_runs_no_loop_and_holds_no_broker_connection(broker, tmp_path):

@@ -206,6 +206,16 @@ def test_signals_in_the_middle_of_a_handover_are_not_lost(redis_server, tmp_path
         assert all(page.body.count(b"retry: ") == 2 for page in opened)
 
 
+def test_stray_signal_in_the_middle_of_a_handover_ends_nothing(redis_server, tmp_path, pages, installed):
+    """The program that is about to begin ignores it as well, as soon as it can."""
+    with installed.relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        reload_until_it_executes_itself(relay)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, 40):
+            relay.signal(number)
+        until(lambda: " reloaded" in relay.log, "the reload")
+        assert pages.open(relay.port, ["/channel=x"])[0].status == 200
+
+
 def test_settings_that_change_after_the_trial_wait_for_the_next_reload(redis_server, tmp_path, pages, installed):
     """What has been tried is what is used: a file that is edited in between ends nothing."""
     (env_file := tmp_path / "relay.env").write_text("")

@@ -36,7 +36,7 @@ from . import (
 from .arguments import PROGRAM
 from .errors import RelayError, SettingsError
 from .findings import FAILURE, OK, WARNING, Finding
-from .process import Report
+from .process import Report, ignore_strays
 from .publish import open_publisher
 from .settings import FIELDS, Settings
 from .supervisor import Supervisor
@@ -49,6 +49,7 @@ _LEVELS = {OK: "ok", WARNING: "WARN", FAILURE: "FAIL"}
 
 def main(given: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    _open_standard_streams()
     options = vars(arguments.parser().parse_args(given))
     env_file = options.pop("env_file", None)
     flags = {field.name: _as_text(options.pop(field.name)) for field in FIELDS if field.name in options}
@@ -81,6 +82,17 @@ def _run(command: str | None, options: dict[str, Any], load: Callable[[], Settin
     return run[command]()
 
 
+def _open_standard_streams() -> None:
+    """Give standard input, output and error to nobody if they are closed, or the next files would take their places."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
+
+
 def _hide_secrets() -> None:
     """Start anew with secret flags in the environment, which others cannot read: a command line is everybody's (proc(5))."""
     secret = {field.metadata["flag"]: field.metadata["variable"] for field in FIELDS if field.metadata.get("secret")}
@@ -101,6 +113,7 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     # The one command that needs Tornado. Loaded before the fork, so that the workers share it.
     from . import worker  # noqa: PLC0415
 
+    ignore_strays()
     inherited = handover.received(settings.handed_over())
     if inherited and inherited.report >= 0:
         return _on_trial(load, inherited)
@@ -277,7 +290,7 @@ def _embedded(current: Settings, inherited: handover.Handover | None) -> Iterato
         if not inherited:
             if ours:
                 print(f"Starting the PostgreSQL in {cluster.home} ...", flush=True)
-                cluster.start()
+                cluster.start(bound=True)
             cluster.create_database()
         yield cluster, ours
     finally:

@@ -17,10 +17,26 @@ from typing import NoReturn
 
 from .brokers.backoff import Backoff
 
+try:
+    import ctypes
+
+    _prctl: Callable[[int, ctypes.c_ulong], int] | None = ctypes.CDLL(None).prctl
+except (ImportError, OSError, AttributeError):  # then a worker finds out by itself, a second later
+    _prctl = None
+
 log = logging.getLogger(__name__)
 
-# What the supervisor handles by itself; a worker starts with the defaults.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
+_PR_SET_PDEATHSIG = 1
+
+# Signals that end a process by default and mean nothing to a relay: it ignores them. SIGPIPE and SIGXFSZ are ignored by
+# Python. Those of a fault (SIGSEGV) or of a limit that somebody has set (SIGXCPU) do what they always do.
+STRAY = (
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR),
+    *filter(None, [getattr(signal, "SIGSTKFLT", None)]),  # Python 3.10 does not name it
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)
+# What the supervisor handles by itself; a worker starts with the defaults, but ignores the stray ones as well.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD, *STRAY)
 
 # A loop that has not turned for this long is stuck.
 STUCK_SECONDS = 15.0
@@ -195,9 +211,11 @@ def fork(run: Run, close: Iterable[Callable[[], None]], drain_seconds: float, ro
     process.beat()
     # A signal for the child must not be written to the parent's wakeup pipe, which it has until then.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    parent = os.getpid()
     try:
         process.pid = os.fork()
         if process.pid == 0:
+            end_with(parent, signal.SIGKILL)
             _become_worker(process, run, write, close)
     except OSError:
         process.close()
@@ -213,7 +231,7 @@ def _become_worker(process: Process, run: Run, write: int, close: Iterable[Calla
     try:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if number in STRAY else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(process.pipe)
         for each in close:
@@ -226,9 +244,29 @@ def _become_worker(process: Process, run: Run, write: int, close: Iterable[Calla
         os._exit(status)
 
 
+def end_with(parent: int, number: signal.Signals) -> None:
+    """
+    Have the kernel send this process ``number`` when ``parent``, which has forked it, ends, however it does (prctl(2)).
+
+    It holds over execve(2), unless that changes who the process runs as.
+    """
+    if _prctl:
+        _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number))
+    if os.getppid() != parent:  # it has ended before that
+        os.kill(os.getpid(), number)
+
+
+def ignore_strays() -> None:
+    """Ignore the stray signals by a handler, which a program that this process starts does not inherit."""
+    for number in STRAY:
+        signal.signal(number, lambda *_: None)
+
+
+def name_of(number: int) -> str:
+    """Return the name of a signal; most real-time signals have none."""
+    return next((known.name for known in signal.Signals if known == number), f"signal {number}")
+
+
 def died(status: int) -> str:
     """Return how a process ended, by its exit status as `os.waitstatus_to_exitcode` gives it."""
-    if status < 0:
-        known = {number.value: number.name for number in signal.Signals}
-        return f"was ended by {known.get(-status, f'signal {-status}')}"
-    return f"ended with status {status}"
+    return f"was ended by {name_of(-status)}" if status < 0 else f"ended with status {status}"

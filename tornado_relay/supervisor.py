@@ -20,7 +20,7 @@ from pathlib import Path
 from . import limits
 from .counts import LAYOUT, PID, RELOADS, RESTARTS, Counts, Ledger
 from .handover import FIXED, Handover, Heir
-from .process import SIGNALS, Process, Slot, died, fork
+from .process import SIGNALS, STRAY, Process, Slot, died, fork, name_of
 from .settings import Settings
 from .sockets import Admin, Listening, identity, shown
 from .systemd import Notifier
@@ -161,8 +161,10 @@ class Supervisor:
             self._start_reload()
         elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             at_once = number != signal.SIGTERM or self._stopping
-            log.info("%s: stopping%s", signal.Signals(number).name, " at once" if at_once else "")
+            log.info("%s: stopping%s", name_of(number), " at once" if at_once else "")
             self._stop(signal.SIGINT if at_once else signal.SIGTERM)
+        elif number in STRAY:
+            log.info("%s is ignored", name_of(number))
 
     def _stop(self, number: signal.Signals) -> None:
         if not self._stopping:
