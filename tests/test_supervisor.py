@@ -16,6 +16,10 @@ from servers import RedisServer, accepts, free_port, until
 
 from tornado_relay import subscribe_token
 
+PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
+MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
+-----END PUBLIC KEY-----"""
+
 
 def state(pid):
     """The kernel's letter for a process: Z is dead and not reaped; None is gone."""
@@ -113,6 +117,48 @@ def test_sighup_with_a_long_wrong_setting_changes_nothing(redis_server, tmp_path
         assert re.search(r"reload refused.*ALLOWED_ORIGINS.* \[\.\.\.\] .*shop\.example", relay.log)
         redis_server.publish("x", "hello")
         pages.until(lambda: page.events, "the event")
+
+
+REMOVED = [
+    ({"RELAY_JWT_SECRET": "s" * 40}, {}),
+    ({"RELAY_JWT_SECRET_PREVIOUS": "s" * 40}, {"RELAY_SERVER_DEBUG": "true"}),
+    ({"RELAY_JWT_PUBLIC_KEY": PUBLIC_KEY}, {"ALLOWED_ORIGINS": "https://shop.example"}),
+    ({"RELAY_AUTH_URL": "http://127.0.0.1:1/"}, {}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), REMOVED)
+def test_sighup_that_removes_authentication_is_refused(redis_server, tmp_path, pages, before, after):
+    """A .env that is lost must not open the relay to everybody; another way to authenticate is taken."""
+    env_file = tmp_path / "relay.env"
+
+    def write(variables):
+        env_file.write_text("".join(f'{name}="{value}"\n' for name, value in variables.items()))
+
+    write(before)
+    with Relay(tmp_path, "--workers", "1", "--env-file", env_file, **redis_server.environment) as relay:
+        workers = relay.workers()
+        write(after)
+        relay.signal(signal.SIGHUP)
+        until(lambda: "reload refused" in relay.log, "the refusal")
+        assert re.search("reload refused.*anybody could listen.*restart the relay", relay.log)
+        assert relay.workers() == workers
+        write({**after, "RELAY_JWT_SECRET": "t" * 40})
+        relay.signal(signal.SIGHUP)
+        until(lambda: " reloaded" in relay.log, "the reload")
+        path = f"/channel=x?token={subscribe_token('x', key='t' * 40)}"
+        assert pages.open(relay.port, [path])[0].status == 200
+
+
+def test_sighup_may_remove_authentication_in_debug_mode(redis_server, tmp_path, pages):
+    """A relay that was started to be tried out warns of nothing."""
+    env_file = tmp_path / "relay.env"
+    env_file.write_text(f"RELAY_JWT_SECRET={'s' * 40}\n")
+    with Relay(tmp_path, "--workers", "1", "--debug", "--env-file", env_file, **redis_server.environment) as relay:
+        env_file.write_text("")
+        relay.signal(signal.SIGHUP)
+        until(lambda: " reloaded" in relay.log, "the reload")
+        assert pages.open(relay.port, ["/channel=x"])[0].status == 200
 
 
 def test_sighup_with_a_broker_that_refuses_keeps_the_old_workers(tmp_path, pages, postgres_server):
@@ -315,6 +361,7 @@ os.register_at_fork(before=remember, after_in_child=wait)
         relay.process.kill()
         relay.process.wait()
     until(lambda: all(state(pid) in (None, "Z") for pid in workers), "the workers are gone")
+    assert "Traceback" not in relay.log
 
 
 def test_signal_to_the_whole_group_leaves_no_noise(redis_server, tmp_path):

@@ -161,6 +161,7 @@ def _on_trial(load: Callable[[], Settings], inherited: handover.Handover) -> int
             log.warning("%s changed: that takes a restart, a reload keeps the old one", name)
         logging.disable(logging.INFO)
         fresh = _complete(fresh, _cluster(fresh) if fresh.embedded else None)
+        inherited.keep_closed(fresh)
     except SettingsError as exc:
         report(str(exc))
         return 2
@@ -325,7 +326,7 @@ def _require_broker(current: Settings) -> tuple[str, str]:
 def _warn_if_open(current: Settings) -> None:
     if current.debug:
         return
-    if not tokens.keys_of(current) and not current.auth_url:
+    if not tokens.authenticates(current):
         log.warning(
             "no authentication: whoever reaches this relay can listen to any channel; see RELAY_JWT_SECRET and RELAY_AUTH_URL"
         )

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import limits
-from .errors import RelayError
+from . import limits, tokens
+from .errors import RelayError, SettingsError
 from .process import Report
 from .settings import FIELDS, HANDOVER, Settings
 from .sockets import Listening
@@ -63,6 +63,8 @@ class Handover:
     """The values of `FIXED`."""
     memory: int
     """Where the trial leaves the settings, a memfd."""
+    authenticates: bool = False
+    """Whether the workers that are there ask who somebody is; not in debug mode."""
     again: bool = False
     """Whether another reload was asked for meanwhile."""
     report: int = -1
@@ -126,6 +128,20 @@ class Handover:
             if field.name in kept and getattr(fresh, field.name) != kept[field.name]
         ]
         return dataclasses.replace(fresh, **kept), changed
+
+    def keep_closed(self, fresh: Settings) -> None:
+        """
+        Refuse that a reload opens the relay to everybody: a file that has been lost would do it.
+
+        Raises:
+            SettingsError: If ``fresh`` has no authentication, and the relay had some.
+
+        """
+        if self.authenticates and not tokens.authenticates(fresh):
+            raise SettingsError(
+                "the new settings have no authentication (RELAY_JWT_SECRET, RELAY_JWT_PUBLIC_KEY or RELAY_AUTH_URL), so "
+                "anybody could listen to any channel; to remove it on purpose, restart the relay"
+            )
 
     def leave_settings(self, settings: Settings) -> None:
         """Leave ``settings`` to the next supervisor: the files that have them may change until it is there."""

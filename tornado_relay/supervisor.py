@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from . import limits
+from . import limits, tokens
 from .counts import LAYOUT, PID, RELOADS, RESTARTS, Counts, Ledger
 from .handover import FIXED, Handover, Heir
 from .process import SIGNALS, STRAY, Process, Slot, died, fork, name_of
@@ -330,6 +330,7 @@ class Supervisor:
             self._embedded,
             {name: getattr(self.settings, name) for name in FIXED},
             self._memory,
+            not self.settings.debug and tokens.authenticates(self.settings),
             self._reload_again,
         )
 
