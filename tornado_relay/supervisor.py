@@ -191,7 +191,7 @@ class Supervisor:
         seats = limits.Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
         counts = Counts(self.ledger, row)
         counts.begin(slot.number)
-        admin = self.admin and dataclasses.replace(self.admin, number=slot.number)
+        admin = self.admin and dataclasses.replace(self.admin, number=slot.number, required=not self._up)
         run = partial(self.run_worker, self.settings, slot.sockets, seats, counts=counts, admin=admin)
         try:
             process = fork(run, close, self.settings.drain_seconds, row)

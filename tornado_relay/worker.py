@@ -192,8 +192,10 @@ class Worker:
             try:
                 await peers.start()
             except OSError as exc:
-                self.report(f"a worker cannot have its socket in {self.admin.folder}: {exc}")
-                return CANNOT_START
+                if self.admin.required:
+                    self.report(f"a worker cannot have its socket in {self.admin.folder}: {exc}")
+                    return CANNOT_START
+            working.add(asyncio.create_task(peers.stay()))
             # A page that asks again comes to whichever worker is free then.
             self.desk = self._server(AdminApplication(self.relay, peers), None, no_keep_alive=True)
             self.desk.listen_on(self.admin.listeners)
