@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import SettingsError
 from .settings import FIELDS, Settings
@@ -27,6 +28,8 @@ from .settings import FIELDS, Settings
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
+EVERYWHERE = ("*", "::")
+"""Hosts that are all addresses of IPv4 and IPv6."""
 # The folder of the admin listener, and the socket of a worker in it: its place and its process id.
 _PREFIX, _SOCKET_NAME = "sse-relay-", re.compile("([0-9]+)-([0-9]+)")
 
@@ -70,7 +73,7 @@ def listen(settings: Settings, public: list[socket.socket], admin: list[socket.s
 
 def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> list[list[socket.socket]]:
     """
-    Bind ``count`` groups of sockets, one socket in each for every address of ``host``.
+    Bind ``count`` groups of sockets, one socket in each for every address of ``host`` that this machine has.
 
     Port 0 takes a free port, the same for all. ``flags`` are those that errors name.
 
@@ -79,11 +82,7 @@ def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> lis
 
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        addresses = list(dict.fromkeys((info[0], info[4]) for info in found))
-        for family, address in addresses:
-            if port:
-                _refuse_taken(family, address)
+        addresses = _usable(host, port)
         groups = []
         for _ in range(count):
             group = []
@@ -97,7 +96,35 @@ def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> lis
         return groups
     except (OSError, UnicodeError) as exc:  # UnicodeError: a name that IDNA does not allow
         why = getattr(exc, "strerror", None) or exc
-        raise SettingsError(f"cannot listen on {host}:{port} ({flags}): {why}") from exc
+        place = f"[{host}]" if ":" in host else host
+        raise SettingsError(f"cannot listen on {place}:{port} ({flags}): {why}") from exc
+
+
+def _usable(host: str, port: int) -> list[tuple[int, Any]]:
+    """
+    Return the families and addresses of ``host`` that can be bound. Some may be missing in this kernel, such as IPv6.
+
+    Raises:
+        OSError: If there is none, or one of them is taken.
+
+    """
+    found = socket.getaddrinfo(
+        None if host in EVERYWHERE else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    usable, missing = list[tuple[int, Any]](), list[tuple[Any, OSError]]()
+    for family, address in dict.fromkeys((info[0], info[4]) for info in found):
+        try:
+            _refuse_taken(family, address)
+            usable.append((family, address))
+        except OSError as exc:
+            if exc.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            missing.append((address[0], exc))
+    if not usable:
+        raise missing[0][1]
+    for name, error in missing:
+        log.info("not listening on %s, which this machine does not have: %s", name, error.strerror)
+    return usable
 
 
 def bind_unix(path: str, count: int) -> list[list[socket.socket]]:
