@@ -246,7 +246,7 @@ def test_port_that_is_taken_ends_the_start(redis_server, tmp_path, host):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         done = run("--port", "0", "--admin-host", host, "--admin-port", port, cwd=tmp_path, **redis_server.environment)
-    assert done.returncode == 2
+    assert done.returncode == 78
     said = done.stderr.strip().splitlines()[-1]
     assert (
         said == f"sse-relay-server: cannot listen on {host}:{port} (--admin-host, --admin-port): Address already in use"
@@ -259,7 +259,7 @@ def test_folder_that_cannot_be_ends_the_start(redis_server, tmp_path):
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     done = run("--port", "0", "--admin-port", free_port(), cwd=tmp_path, TMPDIR=str(deep), **redis_server.environment)
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert f"cannot start: a worker cannot have its socket in {deep}" in done.stderr
     assert not list(deep.iterdir())
 

@@ -414,13 +414,13 @@ def test_parent_runs_no_loop_and_holds_no_broker_connection(broker, tmp_path):
 
 
 class TestBootFailures:
-    """What cannot start ends the command, with status 1 or 2 and a message, and without a restart loop."""
+    """What cannot start ends the command, with status 78 and a message, and without a restart loop."""
 
     def test_wrong_password(self, postgres_server, tmp_path):
         """PostgreSQL's own words, once."""
         url = re.sub(":[^:@]+@", ":wrong@", postgres_server.url)
         done = run("--port", 0, "--workers", "4", cwd=tmp_path, DATABASE_URL=url)
-        assert done.returncode == 1
+        assert done.returncode == 78
         assert done.stderr.count("cannot start") == 1
         assert "password authentication failed" in done.stderr
         assert "Traceback" not in done.stderr
@@ -429,14 +429,14 @@ class TestBootFailures:
     def test_unknown_database(self, postgres_server, tmp_path):
         """Named."""
         done = run("--port", 0, cwd=tmp_path, DATABASE_URL=postgres_server.url + "nope")
-        assert done.returncode == 1
+        assert done.returncode == 78
         assert 'database "relaynope" does not exist' in done.stderr
 
     def test_redis_that_wants_a_password(self, redis_server, tmp_path):
         """A Redis with a password, and one that has none where one is given."""
         url = redis_server.url.replace("redis://", "redis://:wrong@")
         done = run("--port", 0, cwd=tmp_path, REDIS_URL=url)
-        assert done.returncode == 1
+        assert done.returncode == 78
         assert "Redis refused" in done.stderr
         redis_server.client.config_set("requirepass", "secret")
         try:
@@ -444,7 +444,7 @@ class TestBootFailures:
         finally:
             redis_server.client.execute_command("AUTH", "secret")
             redis_server.client.config_set("requirepass", "")
-        assert done.returncode == 1
+        assert done.returncode == 78
         assert "Redis refused" in done.stderr
         assert "Traceback" not in done.stderr
 
@@ -452,7 +452,7 @@ class TestBootFailures:
         """By a stranger, and by another relay, which SO_REUSEPORT would let share."""
         with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
             done = run("--host", "127.0.0.1", "--port", relay.port, cwd=tmp_path, **redis_server.environment)
-        assert done.returncode == 2
+        assert done.returncode == 78
         assert f"127.0.0.1:{relay.port}" in done.stderr
         assert "in use" in done.stderr
         assert done.stderr.strip().count("\n") <= 2
@@ -461,7 +461,7 @@ class TestBootFailures:
         """An address of another machine, and a name that does not exist."""
         for host in ("192.0.2.1", "no.such.host.invalid"):
             done = run("--host", host, cwd=tmp_path, **redis_server.environment)
-            assert done.returncode == 2
+            assert done.returncode == 78
             assert f"cannot listen on {host}" in done.stderr
 
     def test_missing_driver(self, postgres_server, tmp_path):
@@ -476,8 +476,18 @@ class TestBootFailures:
             timeout=60,
             check=False,
         )
-        assert done.returncode == 2
+        assert done.returncode == 78
         assert "install sse-relay-server[postgres]" in done.stderr
+
+    def test_worker_that_crashes(self, redis_server, tmp_path):
+        """Trying again may help, so the status is another one."""
+        (tmp_path / "sitecustomize.py").write_text("""
+import os
+os.register_at_fork(after_in_child=lambda: os.abort())
+""")
+        done = run("--port", 0, cwd=tmp_path, PYTHONPATH=str(tmp_path), **redis_server.environment)
+        assert done.returncode == 1
+        assert "cannot start: a worker was ended by SIGABRT while it started" in done.stderr
 
 
 def test_broker_that_is_down_at_the_start_is_waited_for(tmp_path, pages, home):
@@ -515,7 +525,7 @@ def test_unix_socket(broker, tmp_path, pages, channel):
         broker.publish(channel, "hello")
         pages.until(lambda: all(page.events for page in opened), "the event")
         done = run("--unix-socket", path, cwd=tmp_path, **broker.environment)
-        assert done.returncode == 2
+        assert done.returncode == 78
         assert "another process listens" in done.stderr
         assert relay.stop() == 0
     assert not Path(path).exists()

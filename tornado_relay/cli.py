@@ -57,11 +57,14 @@ def main(given: list[str] | None = None) -> int:
     def load() -> Settings:
         return settings.load(flags, env_file=env_file)
 
+    command = options.pop("command", None)
     try:
-        return _run(options.pop("command", None), options, load, env_file)
+        return _run(command, options, load, env_file)
     except RelayError as exc:
         print(f"{PROGRAM}: {exc}", file=sys.stderr)
-        return 2 if isinstance(exc, SettingsError) else 1
+        if not isinstance(exc, SettingsError):
+            return 1
+        return 2 if command else os.EX_CONFIG  # see docs/operations.md
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has gone, as in "| head"
@@ -164,7 +167,7 @@ def _on_trial(load: Callable[[], Settings], inherited: handover.Handover) -> int
         inherited.keep_closed(fresh)
     except SettingsError as exc:
         report(str(exc))
-        return 2
+        return os.EX_CONFIG
     if not worker.rehearse(fresh, report):
         return 1
     inherited.leave_settings(fresh)

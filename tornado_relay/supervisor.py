@@ -257,7 +257,9 @@ class Supervisor:
 
     def _died_by_itself(self, process: Process, slot: Slot, how: str) -> None:
         if not self._up:
-            self._cannot_start(process.trouble or f"a worker {how} while it started")
+            # What it says itself stays so until somebody changes a setting or the broker.
+            status = os.EX_CONFIG if process.trouble else 1
+            self._cannot_start(process.trouble or f"a worker {how} while it started", status)
             return
         if slot.replacement:  # the reload under way fills the place
             return
@@ -269,9 +271,9 @@ class Supervisor:
         slot.due = now + delay
         log.error("worker %d (%d) %s, the next starts in %.1f s", slot.number, process.pid, how, delay)
 
-    def _cannot_start(self, why: str) -> None:
+    def _cannot_start(self, why: str, status: int) -> None:
         log.critical("cannot start: %s", why)
-        self._exit_status = 1
+        self._exit_status = status
         self._stop(signal.SIGTERM)
 
     def _restart_due(self) -> None:
@@ -283,7 +285,7 @@ class Supervisor:
                     slot.current = self._fork(slot)
                 except OSError as exc:
                     if not self._up:
-                        self._cannot_start(f"a worker cannot be forked: {exc}")
+                        self._cannot_start(f"a worker cannot be forked: {exc}", 1)
                         return
                     delay = slot.backoff.next()
                     slot.due = now + delay
