@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -105,6 +106,11 @@ def entry(told, number):
     return worker["number"], worker["pid"], worker["state"]
 
 
+def answers(path):
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 def folders(pid):
     """The folders with sockets of the workers of the relay that is process ``pid``."""
     workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -139,6 +145,78 @@ def test_nothing_of_it_is_left_behind(redis_server, tmp_path):
         assert "Traceback" not in relay.relay.log
 
 
+def test_folder_that_is_cleaned_up_is_made_again(redis_server, tmp_path):
+    """systemd-tmpfiles removes what is old: dead workers are replaced, a reload goes through, and all are shown."""
+    with watched(tmp_path, workers=2, **redis_server.environment) as relay:
+        (folder,) = folders(relay.relay.process.pid)
+        shutil.rmtree(folder)
+        os.kill(relay.relay.workers()[0], signal.SIGKILL)
+        until(lambda: relay.states() == BOTH, "both are shown")
+        assert len(relay.relay.workers()) == 2
+        assert folder.stat().st_mode & 0o777 == 0o700
+        shutil.rmtree(folder)
+        relay.relay.signal(signal.SIGHUP)
+        until(lambda: " reloaded" in relay.relay.log and relay.states() == BOTH, "both new ones are shown")
+        shutil.rmtree(folder)
+        until(lambda: len(list(folder.glob("*"))) == 2 and relay.states() == BOTH, "both are back by themselves")
+        assert httpx.get(f"{relay.url}/").status_code == 200
+        assert relay.relay.stop() == 0
+        assert not folder.exists()
+        assert "Traceback" not in relay.relay.log
+
+
+@pytest.mark.parametrize("planted", ["link", "open", "file"])
+def test_something_else_in_place_of_the_folder_is_not_used(redis_server, tmp_path, pages, planted):
+    """A worker starts without its socket, and has one again when there can be a folder."""
+    with watched(tmp_path, workers=2, **redis_server.environment) as relay:
+        (folder,) = folders(relay.relay.process.pid)
+        shutil.rmtree(folder)
+        (elsewhere := tmp_path / "elsewhere").mkdir(0o700)
+        match planted:
+            case "link":
+                folder.symlink_to(elsewhere)
+            case "open":
+                folder.mkdir()
+                folder.chmod(0o777)
+            case "file":
+                folder.touch()
+        workers = relay.relay.workers()
+        try:
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            until(lambda: relay.relay.log.count("cannot have its socket in") >= 2, "it is said")
+            until(lambda: not set(workers) & set(relay.relay.workers()), "they are replaced")
+            assert pages.open(relay.relay.port, ["/channel=x"])[0].status == 200
+            assert sorted(state for _, state in relay.states()) == ["no answer", "serving"]
+            assert not list(elsewhere.iterdir())
+            assert not folder.is_dir() or not list(folder.iterdir())
+        finally:
+            folder.rmdir() if planted == "open" else folder.unlink()
+        until(lambda: relay.states() == BOTH, "both have a socket again")
+
+
+def test_folder_of_a_killed_relay_is_removed_by_the_next(redis_server, tmp_path):
+    """Those of relays that run stay, and so does what only looks like one."""
+    (temporary := tmp_path / "tmp").mkdir()
+    (temporary / "sse-relay-other").mkdir(0o700)
+    (temporary / "sse-relay-other/1-1").touch()
+    environment = redis_server.environment | {"TMPDIR": str(temporary)}
+
+    def there():
+        return {path for path in temporary.iterdir() if path.name != "sse-relay-other"}
+
+    with watched(tmp_path, **environment) as killed, watched(tmp_path, **environment) as runs:
+        (left,), (kept,) = folders(killed.relay.process.pid), folders(runs.relay.process.pid)
+        killed.relay.process.kill()
+        killed.relay.process.wait()
+        until(lambda: not any(answers(path) for path in left.iterdir()), "the workers are gone")
+        assert there() == {left, kept}
+        with watched(tmp_path, **environment) as after:
+            assert there() == {kept, *folders(after.relay.process.pid)}
+            assert runs.states() == BOTH
+    assert (temporary / "sse-relay-other/1-1").exists()
+
+
 def test_public_port_has_nothing_of_it(redis_server, tmp_path):
     """There /status is a channel like any other, / is nothing, and so are streams on the admin port."""
     with watched(tmp_path, workers=1, **redis_server.environment) as relay:
@@ -169,7 +247,7 @@ def test_port_that_is_taken_ends_the_start(redis_server, tmp_path, host):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         done = run("--port", "0", "--admin-host", host, "--admin-port", port, cwd=tmp_path, **redis_server.environment)
-    assert done.returncode == 2
+    assert done.returncode == 78
     said = done.stderr.strip().splitlines()[-1]
     assert (
         said == f"sse-relay-server: cannot listen on {host}:{port} (--admin-host, --admin-port): Address already in use"
@@ -182,7 +260,7 @@ def test_folder_that_cannot_be_ends_the_start(redis_server, tmp_path):
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     done = run("--port", "0", "--admin-port", free_port(), cwd=tmp_path, TMPDIR=str(deep), **redis_server.environment)
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert f"cannot start: a worker cannot have its socket in {deep}" in done.stderr
     assert not list(deep.iterdir())
 

@@ -1,5 +1,6 @@
 """The systemd unit, the compose files and the built package, as the README has them."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -44,7 +45,8 @@ def test_unit_is_hardened(unit):
 def test_unit_has_what_the_relay_needs():
     """Readiness and watchdog as the supervisor speaks them, room for the drain, descriptors."""
     text = UNIT.read_text()
-    for line in ("Type=notify", "LimitNOFILE=100000", "KillMode=mixed", "EnvironmentFile=-/etc/sse-relay-server/.env"):
+    lines = ("Type=notify", "LimitNOFILE=100000", "KillMode=mixed", "EnvironmentFile=-/etc/sse-relay-server/.env")
+    for line in (*lines, f"RestartPreventExitStatus=2 {os.EX_CONFIG}"):
         assert f"\n{line}\n" in text
     assert int(re.search(r"WatchdogSec=(\d+)", text)[1]) >= 2
     drain = next(field.default for field in FIELDS if field.name == "drain_seconds")

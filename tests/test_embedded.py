@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import stat
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from relay import Relay, run
 from servers import until
 
+from tornado_relay import SettingsError
 from tornado_relay.embedded import Cluster, wheel_binaries
 
 URL = re.compile(r"DATABASE_URL=(postgresql://\S+)")
@@ -35,6 +37,34 @@ def test_embedded_relay_works_and_keeps_its_data_and_url(folder, tmp_path, pages
         until(lambda: not Path(f"/proc/{postmaster}").exists(), "the server has ended")
         urls.append(url)
     assert urls[0] == urls[1]
+
+
+def test_server_ends_with_a_relay_that_is_killed(folder, tmp_path):
+    """It stops in order, so that the next start has its data; and nothing of the relay's signals is left to it."""
+    for _ in range(2):
+        with Relay(tmp_path, "--embedded", "--embedded-dir", folder, "--workers", "1") as relay:
+            postmaster = int((folder / "data/postmaster.pid").read_text().split()[0])
+            status = Path(f"/proc/{postmaster}/status").read_text()
+            ignored = int(re.search(r"SigIgn:\s+(\w+)", status)[1], 16)
+            for number in (signal.SIGIO, signal.SIGPROF, signal.SIGRTMIN, 40):
+                assert not ignored & 1 << number - 1
+            relay.process.kill()
+            relay.process.wait()
+            until(lambda: not (folder / "data/postmaster.pid").exists(), "the server has ended")
+    assert "was not properly shut down" not in (folder / "postgresql.log").read_text()
+
+
+def test_server_that_does_not_start_is_named(folder):
+    """By the end of its log; a server that has the data already goes on."""
+    cluster, other = (Cluster(folder, wheel_binaries(folder)) for _ in range(2))
+    cluster.create()
+    cluster.start()
+    try:
+        with pytest.raises(SettingsError, match=r"postgres failed(.|\n)*postmaster\.pid"):
+            other.start()
+        assert cluster.running
+    finally:
+        cluster.stop()
 
 
 def test_end_before_it_serves_leaves_no_server(folder, tmp_path):
@@ -83,7 +113,7 @@ def test_folder_that_cannot_be_made(tmp_path):
     """The error says which, and what to do."""
     (tmp_path / "file").write_text("")
     done = run("--embedded", "--embedded-dir", tmp_path / "file/pg", cwd=tmp_path)
-    assert done.returncode == 2
+    assert done.returncode == 78
     assert "--embedded-dir" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -115,8 +145,6 @@ def test_root_shows_no_folder_of_its_own_to_others(home, monkeypatch):
 def test_missing_extra_is_named(tmp_path, monkeypatch):
     """What to install."""
     import importlib.util
-
-    from tornado_relay import SettingsError
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"sse-relay-server\[postgres,embedded\]"):

@@ -29,7 +29,7 @@ mixing = pytest.mark.parametrize("pooler", ["transaction", "statement"], indirec
 def test_relay_does_not_start_where_listen_is_lost(pooler, tmp_path):
     """It ends by itself, and says in a line what is wrong and what to set."""
     done = run("--host", "127.0.0.1", "--port", free_port(), "--workers", "2", cwd=tmp_path, DATABASE_URL=pooler.url)
-    assert done.returncode == 1
+    assert done.returncode == 78
     (reason,) = [line for line in done.stderr.splitlines() if "cannot start" in line]
     assert "a pooler in transaction mode; set RELAY_LISTEN_DATABASE_URL to the server itself" in reason
     assert "Traceback" not in done.stderr

@@ -387,7 +387,7 @@ def test_what_is_wrong_is_said(steady, tmp_path, old, new, said):
 def test_relay_does_not_start_on_what_cannot_be_mended(steady, tmp_path, old, new, said):
     """A name or a password that is wrong ends the command."""
     done = run("--port", "0", cwd=tmp_path, REDIS_URL=steady.url.replace(old, new))
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert re.search(said, done.stderr)
     assert "Traceback" not in done.stderr
 

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 from relay import COMMAND, ROOT, Relay, environment, run
-from servers import PATIENCE, RedisServer, free_port, until
+from servers import PATIENCE, RedisServer, accepts, free_port, until
 
 from tornado_relay import subscribe_token
+
+PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
+MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
+-----END PUBLIC KEY-----"""
 
 
 def state(pid):
@@ -97,6 +101,64 @@ def test_sighup_with_wrong_settings_changes_nothing(broker, tmp_path, pages):
         assert "RELAY_HEARTBEAT" in relay.log
         assert relay.workers() == before
         assert not page.closed
+
+
+@pytest.mark.parametrize("pad", ["", "x"])
+def test_sighup_with_a_long_wrong_setting_changes_nothing(redis_server, tmp_path, pages, pad):
+    """Its end says what is wrong, so that is logged too, whatever letter the cut before it would go through."""
+    env_file = tmp_path / "relay.env"
+    env_file.write_text("")
+    with Relay(tmp_path, "--workers", "1", "--env-file", env_file, **redis_server.environment) as relay:
+        (page,) = pages.open(relay.port, ["/channel=x"])
+        names = [f"https://kund{pad}-{n}.müllerstraße-öäü.example" for n in range(100)]
+        env_file.write_text(f"ALLOWED_ORIGINS={','.join(names)},shop.example\n")
+        relay.signal(signal.SIGHUP)
+        until(lambda: "reload refused" in relay.log, "the refusal")
+        assert re.search(r"reload refused.*ALLOWED_ORIGINS.* \[\.\.\.\] .*shop\.example", relay.log)
+        redis_server.publish("x", "hello")
+        pages.until(lambda: page.events, "the event")
+
+
+REMOVED = [
+    ({"RELAY_JWT_SECRET": "s" * 40}, {}),
+    ({"RELAY_JWT_SECRET_PREVIOUS": "s" * 40}, {"RELAY_SERVER_DEBUG": "true"}),
+    ({"RELAY_JWT_PUBLIC_KEY": PUBLIC_KEY}, {"ALLOWED_ORIGINS": "https://shop.example"}),
+    ({"RELAY_AUTH_URL": "http://127.0.0.1:1/"}, {}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), REMOVED)
+def test_sighup_that_removes_authentication_is_refused(redis_server, tmp_path, pages, before, after):
+    """A .env that is lost must not open the relay to everybody; another way to authenticate is taken."""
+    env_file = tmp_path / "relay.env"
+
+    def write(variables):
+        env_file.write_text("".join(f'{name}="{value}"\n' for name, value in variables.items()))
+
+    write(before)
+    with Relay(tmp_path, "--workers", "1", "--env-file", env_file, **redis_server.environment) as relay:
+        workers = relay.workers()
+        write(after)
+        relay.signal(signal.SIGHUP)
+        until(lambda: "reload refused" in relay.log, "the refusal")
+        assert re.search("reload refused.*anybody could listen.*restart the relay", relay.log)
+        assert relay.workers() == workers
+        write({**after, "RELAY_JWT_SECRET": "t" * 40})
+        relay.signal(signal.SIGHUP)
+        until(lambda: " reloaded" in relay.log, "the reload")
+        path = f"/channel=x?token={subscribe_token('x', key='t' * 40)}"
+        assert pages.open(relay.port, [path])[0].status == 200
+
+
+def test_sighup_may_remove_authentication_in_debug_mode(redis_server, tmp_path, pages):
+    """A relay that was started to be tried out warns of nothing."""
+    env_file = tmp_path / "relay.env"
+    env_file.write_text(f"RELAY_JWT_SECRET={'s' * 40}\n")
+    with Relay(tmp_path, "--workers", "1", "--debug", "--env-file", env_file, **redis_server.environment) as relay:
+        env_file.write_text("")
+        relay.signal(signal.SIGHUP)
+        until(lambda: " reloaded" in relay.log, "the reload")
+        assert pages.open(relay.port, ["/channel=x"])[0].status == 200
 
 
 def test_sighup_with_a_broker_that_refuses_keeps_the_old_workers(tmp_path, pages, postgres_server):
@@ -210,13 +272,29 @@ def test_sigterm_while_a_reload_replaces_a_dead_worker(tmp_path, redis_server):
         assert "Traceback" not in relay.log
 
 
-def test_any_signal_that_ends_a_worker_is_survived(tmp_path, redis_server):
-    """Also a real-time signal, which has no name."""
+def test_signal_that_ends_a_worker_is_survived(tmp_path, redis_server):
+    """The worker is replaced, and the log names the signal."""
     with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
         (pid,) = relay.workers()
-        os.kill(pid, 40)
-        until(lambda: "was ended by signal 40" in relay.log, "it is noticed")
+        os.kill(pid, signal.SIGXCPU)
+        until(lambda: "was ended by SIGXCPU" in relay.log, "it is noticed")
         until(lambda: relay.log.count("Redis connected") == 2, "the next worker serves")
+
+
+def test_stray_signals_are_ignored(tmp_path, redis_server, pages):
+    """Those that would end a process by default, and that a relay has no use for, end neither parent nor workers."""
+    strays = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO]
+    strays += [signal.SIGPWR, signal.SIGPIPE, signal.SIGRTMIN, 40, signal.SIGRTMAX]
+    with Relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
+        opened, workers = pages.open(relay.port, ["/channel=x"] * 8), relay.workers()
+        for number in strays:
+            for pid in (relay.process.pid, *workers):
+                os.kill(pid, number)
+        redis_server.publish("x", "hello")
+        pages.until(lambda: all(page.events for page in opened), "the event")
+        until(lambda: "SIGUSR1 is ignored" in relay.log and "signal 40 is ignored" in relay.log, "it is logged")
+        assert relay.workers() == workers
+        assert relay.stop() == 0
 
 
 def test_stuck_worker_is_killed_and_replaced(redis_server, tmp_path, pages):
@@ -250,6 +328,82 @@ def test_workers_end_when_the_supervisor_is_killed(redis_server, tmp_path, pages
         until(lambda: all(state(pid) is None for pid in workers), "the workers are gone")
 
 
+def test_port_is_free_when_the_supervisor_is_killed(redis_server, tmp_path, pages):
+    """The kernel ends the workers, even those that hang, so the next relay can start immediately."""
+    with Relay(tmp_path, "--workers", "2", **redis_server.environment) as relay:
+        workers, (page,) = relay.workers(), pages.open(relay.port, ["/channel=x"])
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        relay.process.kill()
+        relay.process.wait()
+        pages.until(lambda: page.closed, "the stream ends")
+        until(lambda: all(state(pid) in (None, "Z") for pid in workers), "the workers are gone")
+        with Relay(tmp_path, "--workers", "1", port=relay.port, **redis_server.environment) as after:
+            assert pages.open(after.port, ["/channel=x"])[0].status == 200
+
+
+def test_worker_whose_supervisor_dies_during_the_fork_ends(redis_server, tmp_path):
+    """A child that comes too late to hear of its parent's death does not serve as nobody's worker."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, time
+def wait():
+    while os.getppid() == parent:
+        time.sleep(0.01)
+def remember():
+    global parent
+    parent = os.getpid()
+os.register_at_fork(before=remember, after_in_child=wait)
+""")
+    relay = Relay(tmp_path, "--workers", "2", PYTHONPATH=str(tmp_path), **redis_server.environment)
+    try:
+        workers = until(lambda: len(pids := relay.workers()) == 2 and pids, "both are forked")
+    finally:
+        relay.process.kill()
+        relay.process.wait()
+    until(lambda: all(state(pid) in (None, "Z") for pid in workers), "the workers are gone")
+    assert "Traceback" not in relay.log
+
+
+def test_signal_to_the_whole_group_leaves_no_noise(redis_server, tmp_path):
+    """Those that come while a worker closes its loop are nobody's any more; the worker ends with status 0."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, signal
+from asyncio.selector_events import BaseSelectorEventLoop
+close = BaseSelectorEventLoop.close
+def late(loop):
+    close(loop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+BaseSelectorEventLoop.close = late
+""")
+    with Relay(tmp_path, "--workers", "2", PYTHONPATH=str(tmp_path), **redis_server.environment) as relay:
+        (one, _) = relay.workers()
+        os.kill(one, signal.SIGTERM)
+        until(lambda: f"({one}) ended with status 0, the next starts" in relay.log, "it has ended")
+        assert relay.stop() == 0
+        for noise in ("Traceback", "Bad file descriptor", "Exception ignored"):
+            assert noise not in relay.log
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_streams(redis_server, tmp_path, pages, closed):
+    """As some daemons start their children: the relay serves, reloads, and ends with 0."""
+    port, command = free_port(), ("sh", "-c", f'exec "$@" {closed}', "sh", COMMAND)
+    relay = Relay(tmp_path, "--workers", "1", port=port, command=command, **redis_server.environment)
+    try:
+        until(lambda: relay.process.poll() is not None or accepts(port), "it listens")
+        assert pages.open(port, ["/healthz"])[0].status == 200
+        for pid in (relay.process.pid, *relay.workers()):
+            for number in range(3):
+                assert str(Path(f"/proc/{pid}/fd/{number}").readlink()) in ("/dev/null", str(relay.log_path))
+        before = relay.workers()
+        relay.signal(signal.SIGHUP)
+        until(lambda: not set(before) & set(relay.workers()), "the reload")
+        assert pages.open(port, ["/healthz"])[0].status == 200
+    finally:
+        assert relay.stop() == 0
+
+
 def test_parent_runs_no_loop_and_holds_no_broker_connection(broker, tmp_path):
     """Nothing lives in the parent that a fork could copy; each worker connects by itself, after the fork."""
     with Relay(tmp_path, "--workers", "2", **broker.environment) as relay:
@@ -260,13 +414,13 @@ def test_parent_runs_no_loop_and_holds_no_broker_connection(broker, tmp_path):
 
 
 class TestBootFailures:
-    """What cannot start ends the command, with status 1 or 2 and a message, and without a restart loop."""
+    """What cannot start ends the command, with status 78 and a message, and without a restart loop."""
 
     def test_wrong_password(self, postgres_server, tmp_path):
         """PostgreSQL's own words, once."""
         url = re.sub(":[^:@]+@", ":wrong@", postgres_server.url)
         done = run("--port", 0, "--workers", "4", cwd=tmp_path, DATABASE_URL=url)
-        assert done.returncode == 1
+        assert done.returncode == 78
         assert done.stderr.count("cannot start") == 1
         assert "password authentication failed" in done.stderr
         assert "Traceback" not in done.stderr
@@ -275,14 +429,14 @@ class TestBootFailures:
     def test_unknown_database(self, postgres_server, tmp_path):
         """Named."""
         done = run("--port", 0, cwd=tmp_path, DATABASE_URL=postgres_server.url + "nope")
-        assert done.returncode == 1
+        assert done.returncode == 78
         assert 'database "relaynope" does not exist' in done.stderr
 
     def test_redis_that_wants_a_password(self, redis_server, tmp_path):
         """A Redis with a password, and one that has none where one is given."""
         url = redis_server.url.replace("redis://", "redis://:wrong@")
         done = run("--port", 0, cwd=tmp_path, REDIS_URL=url)
-        assert done.returncode == 1
+        assert done.returncode == 78
         assert "Redis refused" in done.stderr
         redis_server.client.config_set("requirepass", "secret")
         try:
@@ -290,7 +444,7 @@ class TestBootFailures:
         finally:
             redis_server.client.execute_command("AUTH", "secret")
             redis_server.client.config_set("requirepass", "")
-        assert done.returncode == 1
+        assert done.returncode == 78
         assert "Redis refused" in done.stderr
         assert "Traceback" not in done.stderr
 
@@ -298,7 +452,7 @@ class TestBootFailures:
         """By a stranger, and by another relay, which SO_REUSEPORT would let share."""
         with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
             done = run("--host", "127.0.0.1", "--port", relay.port, cwd=tmp_path, **redis_server.environment)
-        assert done.returncode == 2
+        assert done.returncode == 78
         assert f"127.0.0.1:{relay.port}" in done.stderr
         assert "in use" in done.stderr
         assert done.stderr.strip().count("\n") <= 2
@@ -307,7 +461,7 @@ class TestBootFailures:
         """An address of another machine, and a name that does not exist."""
         for host in ("192.0.2.1", "no.such.host.invalid"):
             done = run("--host", host, cwd=tmp_path, **redis_server.environment)
-            assert done.returncode == 2
+            assert done.returncode == 78
             assert f"cannot listen on {host}" in done.stderr
 
     def test_missing_driver(self, postgres_server, tmp_path):
@@ -322,8 +476,18 @@ class TestBootFailures:
             timeout=PATIENCE * 3,
             check=False,
         )
-        assert done.returncode == 2
+        assert done.returncode == 78
         assert "install sse-relay-server[postgres]" in done.stderr
+
+    def test_worker_that_crashes(self, redis_server, tmp_path):
+        """Trying again may help, so the status is another one."""
+        (tmp_path / "sitecustomize.py").write_text("""
+import os
+os.register_at_fork(after_in_child=lambda: os.abort())
+""")
+        done = run("--port", 0, cwd=tmp_path, PYTHONPATH=str(tmp_path), **redis_server.environment)
+        assert done.returncode == 1
+        assert "cannot start: a worker was ended by SIGABRT while it started" in done.stderr
 
 
 def test_broker_that_is_down_at_the_start_is_waited_for(tmp_path, pages, home):
@@ -361,7 +525,7 @@ def test_unix_socket(broker, tmp_path, pages, channel):
         broker.publish(channel, "hello")
         pages.until(lambda: all(page.events for page in opened), "the event")
         done = run("--unix-socket", path, cwd=tmp_path, **broker.environment)
-        assert done.returncode == 2
+        assert done.returncode == 78
         assert "another process listens" in done.stderr
         assert relay.stop() == 0
     assert not Path(path).exists()

@@ -213,6 +213,27 @@ def test_unit_as_it_stands(machine, kept, pages, channel):
         assert trouble not in machine.log
 
 
+def test_what_cannot_work_is_not_started_again(bootable, redis_server, tmp_path):
+    """A wrong configuration fails the unit once, with its own status; a broker that is away is waited for."""
+    with Machine(tmp_path, {"RELAY_HTTP_PORT": free_port(), "RELAY_WORKERS": 1}) as machine:
+        until(lambda: machine.state("ActiveState") == "failed", "the unit has failed", 180)
+        told = machine.run("systemctl", "status", "--no-pager", "sse-relay-server")
+        assert "status=78" in told
+        assert "no broker is set" in machine.log
+        assert machine.state("NRestarts") == "0"
+
+        def restart(url):
+            change = f"sed -i /^REDIS_URL=/d $file && echo REDIS_URL={url} >> $file"
+            script = f"file=/etc/sse-relay-server/.env; {change}; systemctl restart sse-relay-server"
+            machine.run("bash", "-c", script)
+            return [machine.state(name) for name in ("ActiveState", "ExecMainStatus", "NRestarts")]
+
+        assert restart(redis_server.url.replace("//", "//:wrong@")) == ["failed", "78", "0"]
+        assert "cannot start: Redis refused the connection" in machine.log
+        assert restart(f"redis://127.0.0.1:{free_port()}/0") == ["active", "0", "0"]
+        assert restart(redis_server.url) == ["active", "0", "0"]
+
+
 @pytest.mark.heavy
 def test_socket_unit_over_restart_and_upgrade(bootable, kept, tmp_path):
     """systemd holds the sockets: who connects meanwhile is answered, and streams that come back have missed nothing."""

@@ -134,6 +134,33 @@ def test_code_that_does_not_serve_changes_nothing(redis_server, tmp_path, pages,
         assert b"/99." in pages.open(relay.port, ["/channel=x"])[0].head
 
 
+@pytest.mark.parametrize(
+    "does",
+    [
+        r"os.write(inherited.report, b'\xff\xfe\0')",
+        r"os.write(inherited.report, 'ü'.encode()[:1])",
+        r"os.write(inherited.report, b'rea')",
+        r"os.write(inherited.report, b'x' * 1_000_000)",
+        r"os.close(inherited.report); os.ftruncate(inherited.memory, 0)",
+        r"os.fork() or [time.sleep(0.1) for _ in range(600) if not os.path.exists('done')]",
+    ],
+)
+def test_nothing_that_a_trial_says_or_does_ends_the_relay(redis_server, tmp_path, pages, installed, does):
+    """Any bytes, half a word, too many of them, none; or a process that it leaves behind, with its pipe."""
+    report = "report = Report(inherited.report)"
+    with installed.relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        (page,) = pages.open(relay.port, ["/channel=x"])
+        installed.change({"cli.py": (report, f"import time; {does}; os._exit(1)")})
+        try:
+            reload(relay, "reload refused")
+        finally:
+            (tmp_path / "done").touch()
+        assert relay.process.poll() is None
+        redis_server.publish("x", "hello")
+        pages.until(lambda: page.events, "the event")
+        assert "Traceback" not in relay.log.partition("BrokenPipeError")[0]
+
+
 def test_worker_that_fails_after_the_trial_stops_the_reload(redis_server, tmp_path, pages, installed):
     """Then the old workers go on under the new parent, which restarts one that dies, and ends them all in order."""
     serving = "        self.server.listen_on"
@@ -182,6 +209,16 @@ def test_signals_in_the_middle_of_a_handover_are_not_lost(redis_server, tmp_path
         assert all(page.body.count(b"retry: ") == 2 for page in opened)
 
 
+def test_stray_signal_in_the_middle_of_a_handover_ends_nothing(redis_server, tmp_path, pages, installed):
+    """The program that is about to begin ignores it as well, as soon as it can."""
+    with installed.relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:
+        reload_until_it_executes_itself(relay)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, 40):
+            relay.signal(number)
+        until(lambda: " reloaded" in relay.log, "the reload")
+        assert pages.open(relay.port, ["/channel=x"])[0].status == 200
+
+
 def test_settings_that_change_after_the_trial_wait_for_the_next_reload(redis_server, tmp_path, pages, installed):
     """What has been tried is what is used: a file that is edited in between ends nothing."""
     (env_file := tmp_path / "relay.env").write_text("")
@@ -215,7 +252,7 @@ def test_interpreter_that_is_gone_is_named(redis_server, tmp_path, installed):
 
 def test_empty_place_is_filled_at_once(redis_server, tmp_path, pages, installed):
     """One whose worker is dead at the handover does not wait for the drains of those before it: its socket has a queue."""
-    installed.change({"supervisor.py": ("Backoff(0.1, 30.0)", "Backoff(60.0, 60.0)")})
+    installed.change({"process.py": ("Backoff(0.1, 30.0)", "Backoff(60.0, 60.0)")})
     flags = ("--workers", "2", "--drain-seconds", "10")
     with installed.relay(tmp_path, *flags, drain=None, **redis_server.environment) as relay:
         survivor, victim = relay.workers()

@@ -36,7 +36,7 @@ from . import (
 from .arguments import PROGRAM
 from .errors import RelayError, SettingsError
 from .findings import FAILURE, OK, WARNING, Finding
-from .process import Report
+from .process import Report, ignore_strays
 from .publish import open_publisher
 from .settings import FIELDS, Settings
 from .supervisor import Supervisor
@@ -49,6 +49,7 @@ _LEVELS = {OK: "ok", WARNING: "WARN", FAILURE: "FAIL"}
 
 def main(given: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    _open_standard_streams()
     options = vars(arguments.parser().parse_args(given))
     env_file = options.pop("env_file", None)
     flags = {field.name: _as_text(options.pop(field.name)) for field in FIELDS if field.name in options}
@@ -56,11 +57,14 @@ def main(given: list[str] | None = None) -> int:
     def load() -> Settings:
         return settings.load(flags, env_file=env_file)
 
+    command = options.pop("command", None)
     try:
-        return _run(options.pop("command", None), options, load, env_file)
+        return _run(command, options, load, env_file)
     except RelayError as exc:
         print(f"{PROGRAM}: {exc}", file=sys.stderr)
-        return 2 if isinstance(exc, SettingsError) else 1
+        if not isinstance(exc, SettingsError):
+            return 1
+        return 2 if command else os.EX_CONFIG  # see docs/operations.md
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has gone, as in "| head"
@@ -79,6 +83,17 @@ def _run(command: str | None, options: dict[str, Any], load: Callable[[], Settin
         "init-db": lambda: _init_db(load, **options),
     }
     return run[command]()
+
+
+def _open_standard_streams() -> None:
+    """Give standard input, output and error to nobody if they are closed, or the next files would take their places."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
 
 
 def _hide_secrets() -> None:
@@ -101,6 +116,7 @@ def _serve(load: Callable[[], Settings], env_file: str | None) -> int:
     # The one command that needs Tornado. Loaded before the fork, so that the workers share it.
     from . import worker  # noqa: PLC0415
 
+    ignore_strays()
     inherited = handover.received(settings.handed_over())
     if inherited and inherited.report >= 0:
         return _on_trial(load, inherited)
@@ -148,9 +164,10 @@ def _on_trial(load: Callable[[], Settings], inherited: handover.Handover) -> int
             log.warning("%s changed: that takes a restart, a reload keeps the old one", name)
         logging.disable(logging.INFO)
         fresh = _complete(fresh, _cluster(fresh) if fresh.embedded else None)
+        inherited.keep_closed(fresh)
     except SettingsError as exc:
         report(str(exc))
-        return 2
+        return os.EX_CONFIG
     if not worker.rehearse(fresh, report):
         return 1
     inherited.leave_settings(fresh)
@@ -217,7 +234,7 @@ def _size(streams: int, rate: float, reach: int | None, event_bytes: int, cores:
 def _listen(current: Settings, target: str) -> int:
     url, unix_socket = target, ""
     if not target.startswith(("http://", "https://")):
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(current.host, current.host)
+        host = "127.0.0.1" if current.host in ("0.0.0.0", *sockets.EVERYWHERE) else current.host
         host = f"[{host}]" if ":" in host else host
         url = f"http://{host}:{current.port}/channel={quote(channels.check(target), safe='')}"
         unix_socket = current.unix_socket
@@ -277,7 +294,7 @@ def _embedded(current: Settings, inherited: handover.Handover | None) -> Iterato
         if not inherited:
             if ours:
                 print(f"Starting the PostgreSQL in {cluster.home} ...", flush=True)
-                cluster.start()
+                cluster.start(bound=True)
             cluster.create_database()
         yield cluster, ours
     finally:
@@ -312,7 +329,7 @@ def _require_broker(current: Settings) -> tuple[str, str]:
 def _warn_if_open(current: Settings) -> None:
     if current.debug:
         return
-    if not tokens.keys_of(current) and not current.auth_url:
+    if not tokens.authenticates(current):
         log.warning(
             "no authentication: whoever reaches this relay can listen to any channel; see RELAY_JWT_SECRET and RELAY_AUTH_URL"
         )

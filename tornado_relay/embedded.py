@@ -14,12 +14,18 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .errors import SettingsError
+from .process import end_with
 
 USER = DATABASE = "relay"
+
+START_SECONDS = 60.0
+_STATUS_LINE, _UP = 7, ("ready", "standby")
 
 
 class Cluster:
@@ -41,6 +47,7 @@ class Cluster:
         self._binaries = binaries
         # PostgreSQL refuses to run as root, so a root's server belongs to an ordinary user.
         self._owner = _ordinary_user() if os.geteuid() == 0 else None
+        self._server: subprocess.Popen[Any] | None = None
 
     @property
     def url(self) -> str:
@@ -87,28 +94,66 @@ class Cluster:
             configuration.write("listen_addresses = '127.0.0.1'\nunix_socket_directories = ''\n")
         unfinished.rename(self.data)
 
-    def start(self, **options: str) -> None:
+    def start(self, *, bound: bool = False, **options: str) -> None:
         """
         Start the server, on the port of the last time if that is free; ``options`` are its settings.
+
+        If it is ``bound``, it stops when this process ends, even by SIGKILL; the main thread has to start it then.
 
         Raises:
             SettingsError: If it does not start; the text shows the end of its log.
 
         """
+        if self._server:
+            self._server.poll()  # as long as a dead one is not reaped, the next one takes it for running
         # A start cut in its middle leaves a server that has no pid file yet, so that nothing could find and stop it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             port = self._port_file.read_text().strip() if self._port_file.exists() else ""
             self._port_file.write_text(str(_free_port(int(port or 0))))
             options = {"port": self._port_file.read_text(), **options}
-            arguments = " ".join(f"-c {name}={value}" for name, value in options.items())
-            self._run("pg_ctl", "start", "-w", "-t", "60", "-D", self.data, "-l", self.log, "-o", arguments)
+            command = [str(self._binaries / "postgres"), "-D", str(self.data)]
+            for name, value in options.items():
+                command += ["-c", f"{name}={value}"]
+            with self.log.open("a") as log:
+                self._server = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    # Ctrl-C is for the relay, which stops the server after its workers.
+                    start_new_session=True,
+                    # SIGINT is a fast shutdown. PostgreSQL unblocks the signals by itself.
+                    preexec_fn=partial(end_with, os.getpid(), signal.SIGINT) if bound else None,  # noqa: PLW1509
+                    **self._as_owner(),
+                )
+            self._wait_until_up(self._server)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _wait_until_up(self, server: subprocess.Popen[Any]) -> None:
+        end = time.monotonic() + START_SECONDS
+        while server.poll() is None and time.monotonic() < end:
+            try:
+                lines = (self.data / "postmaster.pid").read_text().splitlines()
+            except OSError:
+                lines = []
+            # The last line comes when it takes connections (PostgreSQL's pidfile.h); the file may be of one before it.
+            if len(lines) > _STATUS_LINE and lines[0] == str(server.pid) and lines[_STATUS_LINE].strip() in _UP:
+                return
+            time.sleep(0.05)
+        server.send_signal(signal.SIGQUIT)  # unless it has ended; another server may have the data
+        server.wait()
+        raise self._failed("postgres", "")
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server; ``mode`` is pg_ctl's: smart, fast or immediate."""
         self._run("pg_ctl", "stop", "-w", "-m", mode, "-D", self.data, check=False)
+        if self._server:
+            try:
+                self._server.wait(1)
+            except subprocess.TimeoutExpired:
+                pass  # pg_ctl has given up on it
 
     def create_database(self) -> None:
         """Make the database, if there is none yet."""
@@ -125,25 +170,28 @@ class Cluster:
             connection.close()
 
     def _run(self, program: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        as_owner: dict[str, Any] = {}
-        if self._owner:
-            as_owner = {"user": self._owner.pw_uid, "group": self._owner.pw_gid, "extra_groups": []}
         done = subprocess.run(
             [str(self._binaries / program), *map(str, arguments)],
-            # The server must not hold our pipes open, so its output goes to its log by pg_ctl's -l.
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if program != "pg_ctl" else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            cwd="/",
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
             check=False,
-            **as_owner,
+            **self._as_owner(),
         )
         if check and done.returncode:
-            log = self.log.read_text(errors="replace")[-2000:] if self.log.exists() else ""
-            raise SettingsError(f"the embedded PostgreSQL: {program} failed\n{(done.stdout or log).strip()}")
+            raise self._failed(program, done.stdout)
         return done
+
+    def _as_owner(self) -> dict[str, Any]:
+        where: dict[str, Any] = {"cwd": "/", "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}}
+        if self._owner:
+            where |= {"user": self._owner.pw_uid, "group": self._owner.pw_gid, "extra_groups": []}
+        return where
+
+    def _failed(self, program: str, said: str) -> SettingsError:
+        log = self.log.read_text(errors="replace")[-2000:] if self.log.exists() else ""
+        return SettingsError(f"the embedded PostgreSQL: {program} failed\n{(said or log).strip()}")
 
     def _give(self, path: Path, mode: int) -> None:
         path.chmod(mode)

@@ -6,6 +6,7 @@ children, and the settings: those with which a worker of its own code has just s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import limits
-from .errors import SettingsError
+from . import limits, tokens
+from .errors import RelayError, SettingsError
 from .process import Report
 from .settings import FIELDS, HANDOVER, Settings
 from .sockets import Listening
@@ -62,6 +63,8 @@ class Handover:
     """The values of `FIXED`."""
     memory: int
     """Where the trial leaves the settings, a memfd."""
+    authenticates: bool = False
+    """Whether the workers that are there ask who somebody is; not in debug mode."""
     again: bool = False
     """Whether another reload was asked for meanwhile."""
     report: int = -1
@@ -72,7 +75,7 @@ class Handover:
         """Become the trial of what is installed now; a `process.Run`."""
         try:
             dataclasses.replace(self, report=report.pipe).execute()
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             report(f"{sys.executable} cannot be run: {exc}")
         return 1
 
@@ -81,13 +84,15 @@ class Handover:
         Become the next supervisor, or the trial.
 
         Raises:
-            OSError: If that cannot be; nothing has changed then.
+            OSError, ValueError: If that cannot be; nothing has changed then.
 
         """
+        if sys.stdout:
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                sys.stdout.flush()
         os.environ[HANDOVER] = json.dumps(dataclasses.asdict(self))
-        sys.stdout.flush()
-        self.pass_on(True)
         try:
+            self.pass_on(True)
             os.execv(sys.executable, sys.orig_argv)  # noqa: S606  (ourselves)
         finally:
             del os.environ[HANDOVER]
@@ -124,6 +129,20 @@ class Handover:
         ]
         return dataclasses.replace(fresh, **kept), changed
 
+    def keep_closed(self, fresh: Settings) -> None:
+        """
+        Refuse that a reload opens the relay to everybody: a file that has been lost would do it.
+
+        Raises:
+            SettingsError: If ``fresh`` has no authentication, and the relay had some.
+
+        """
+        if self.authenticates and not tokens.authenticates(fresh):
+            raise SettingsError(
+                "the new settings have no authentication (RELAY_JWT_SECRET, RELAY_JWT_PUBLIC_KEY or RELAY_AUTH_URL), so "
+                "anybody could listen to any channel; to remove it on purpose, restart the relay"
+            )
+
     def leave_settings(self, settings: Settings) -> None:
         """Leave ``settings`` to the next supervisor: the files that have them may change until it is there."""
         with os.fdopen(os.dup(self.memory), "wb") as memory:
@@ -143,16 +162,19 @@ def received(text: str | None) -> Handover | None:
     Return what a predecessor has left, as `settings.handed_over` gives it.
 
     Raises:
-        SettingsError: If it is a predecessor of another age, or its workers count in other memory.
+        RelayError: If it is a predecessor of another age, or its workers count in other memory, or it is not a predecessor.
 
     """
     if text is None:
         return None
-    fields = json.loads(text)
+    try:
+        fields = json.loads(text)
+    except ValueError as exc:
+        raise RelayError(f"{HANDOVER} is for the relay's own use; remove it from the environment") from exc
     if fields["version"] != VERSION or fields["tally"][1] != limits.LAYOUT:
         if fields["report"] >= 0:
             Report(fields["report"])("the installed version cannot take over from the one that runs: restart it")
-        raise SettingsError("the installed version cannot take over from the one that runs")
+        raise RelayError("the installed version cannot take over from the one that runs")
     fields["workers"] = [heir and Heir(**heir) for heir in fields["workers"]]
     for name in ("tally", "ledger", "admin", "socket_file"):  # JSON has no tuples
         fields[name] = fields[name] and tuple(fields[name])

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .sockets import Admin
+from .sockets import Admin, identity
 from .status import Account, whole
+
+log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 1.0
 """A worker that takes longer to tell of itself is not waited for."""
+CHECK_SECONDS = 1.0
 # Of the longest line of an account, with channels that have the longest names.
 MAX_LINE = 1 << 20
 
@@ -31,6 +35,10 @@ class Peers:
     def __init__(self, admin: Admin, tell: Callable[[], Iterator[bytes]]) -> None:
         self._admin = admin
         self._tell = tell
+        self._path = admin.path(admin.number, os.getpid())
+        self._server: asyncio.Server | None = None
+        # What tells our socket from whatever else is at its path.
+        self._identity: tuple[int, int] | None = None
 
     @property
     def workers(self) -> int:
@@ -45,8 +53,31 @@ class Peers:
             OSError: If there can be no socket in the folder.
 
         """
-        path = self._admin.path(self._admin.number, os.getpid())
-        self._server = await asyncio.start_unix_server(self._answer, path)
+        if self._server:
+            self._server.close()
+        self._admin.make_folder()
+        self._server = await asyncio.start_unix_server(self._answer, self._path)
+        self._identity = identity(str(self._path))
+
+    async def stay(self) -> None:
+        """Answer the others although somebody cleans up the folder. Cancel it to end."""
+        trouble = ""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            if self._identity and identity(str(self._path)) == self._identity:
+                continue
+            try:
+                await self.start()
+                log.info("the worker has its socket in %s again", self._admin.folder)
+            except OSError as exc:
+                self._identity = None
+                if trouble != (trouble := str(exc)):
+                    log.error(
+                        "the worker cannot have its socket in %s, and the admin listener shows it as one that does not "
+                        "answer: %s",
+                        self._admin.folder,
+                        exc,
+                    )
 
     async def status(self) -> dict[str, Any]:
         """Ask all workers, and return the state of the relay; see `status.whole`."""

@@ -1,26 +1,52 @@
-"""One forked worker, from its fork to its exit status."""
+"""One forked worker, from its fork to its exit status, and its place among the others."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import mmap
 import os
+import select
 import signal
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import NoReturn
+
+from .brokers.backoff import Backoff
+
+try:
+    import ctypes
+
+    _prctl: Callable[[int, ctypes.c_ulong], int] | None = ctypes.CDLL(None).prctl
+except (ImportError, OSError, AttributeError):  # then a worker finds out by itself, a second later
+    _prctl = None
 
 log = logging.getLogger(__name__)
 
-# What the supervisor handles by itself; a worker starts with the defaults.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
+_PR_SET_PDEATHSIG = 1
+
+# Signals that end a process by default and mean nothing to a relay: it ignores them. SIGPIPE and SIGXFSZ are ignored by
+# Python. Those of a fault (SIGSEGV) or of a limit that somebody has set (SIGXCPU) do what they always do.
+STRAY = (
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR),
+    *filter(None, [getattr(signal, "SIGSTKFLT", None)]),  # Python 3.10 does not name it
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)
+# What the supervisor handles by itself; a worker starts with the defaults, but ignores the stray ones as well.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD, *STRAY)
 
 # A loop that has not turned for this long is stuck.
 STUCK_SECONDS = 15.0
 START_SECONDS = 60.0
 # What a worker gets beyond its drain before it is killed.
 GRACE_SECONDS = 5.0
+
+# The most of a report that a parent reads. A report of this version is one atomic write, another version may do otherwise.
+MAX_REPORT = 65_536
+_CUT = " [...] "
 
 
 class Report:
@@ -36,8 +62,14 @@ class Report:
         self.pipe = pipe
 
     def __call__(self, trouble: str) -> None:
-        """Say it."""
-        os.write(self.pipe, (trouble or "ready").encode()[:4096])
+        """Say it; of a text that is too long for one atomic write (pipe(7)) the beginning and the end."""
+        data = (trouble or "ready").encode(errors="backslashreplace")
+        if len(data) > select.PIPE_BUF:
+            half = (select.PIPE_BUF - len(_CUT)) // 2
+            # A letter that the cut goes through is left out.
+            parts = (part.decode(errors="ignore") for part in (data[:half], data[-half:]))
+            data = _CUT.join(parts).encode()
+        os.write(self.pipe, data)
         os.close(self.pipe)
 
 
@@ -73,18 +105,33 @@ class Process:
         # When it was told to end.
         self.leaving_since: float | None = None
         self._memory = mmap.mmap(pulse, 8)
+        self._told = b""
+        if pipe >= 0:
+            # Another process may hold the other end, so even the end of a report must not be waited for.
+            os.set_blocking(pipe, False)
 
     def beat(self) -> None:
         """Note that the loop turns."""
         struct.pack_into("d", self._memory, 0, time.monotonic())
 
-    def read_report(self) -> None:
-        """Take in what it has reported; an end of file without a word is left to its exit status."""
-        told = os.read(self.pipe, 4096).decode()
-        os.close(self.pipe)
-        self.pipe = -1
-        self.ready = told == "ready"
-        self.trouble = "" if self.ready else told
+    def read_report(self, *, ended: bool = False) -> None:
+        """
+        Take in what it has reported so far. The report is complete at the end of file, or if the process has ``ended``.
+
+        The bytes are the child's: any are allowed. No word at all is left to its exit status.
+        """
+        try:
+            piece = os.read(self.pipe, MAX_REPORT)
+        except BlockingIOError:
+            piece = None
+        except OSError:
+            piece = b""
+        self._told += piece or b""
+        if piece == b"" or ended or len(self._told) > MAX_REPORT:
+            os.close(self.pipe)
+            self.pipe = -1
+            self.ready = self._told == b"ready"
+            self.trouble = "" if self.ready else self._told.decode(errors="replace")
 
     def dismiss(self, number: signal.Signals) -> None:
         """Tell it to end: by SIGTERM once, by SIGINT also when it is ending already."""
@@ -112,8 +159,8 @@ class Process:
         """Send it a signal."""
         try:
             os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass  # it ended by itself; its parent will hear of it
+        except OSError:
+            pass  # it ended by itself, and its parent will hear of it; or it runs as somebody else, and nothing helps
 
     def close(self) -> None:
         """Let go of what was shared with it."""
@@ -122,6 +169,20 @@ class Process:
         if self.pipe >= 0:
             os.close(self.pipe)
             self.pipe = -1
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """The place of one worker: its listening sockets, and who accepts on them."""
+
+    number: int
+    sockets: list[socket.socket]
+    current: Process | None = None
+    """The worker that serves; during a reload it goes on until `replacement` serves."""
+    replacement: Process | None = None
+    backoff: Backoff = dataclasses.field(default_factory=lambda: Backoff(0.1, 30.0))
+    due: float | None = 0.0
+    """When to start the next worker, while there is none."""
 
 
 def fork(run: Run, close: Iterable[Callable[[], None]], drain_seconds: float, row: int = -1) -> Process:
@@ -138,16 +199,23 @@ def fork(run: Run, close: Iterable[Callable[[], None]], drain_seconds: float, ro
         OSError: If there can be no more processes.
 
     """
-    pulse = os.memfd_create("pulse")
-    os.ftruncate(pulse, 8)
-    pipe, write = os.pipe()
-    process = Process(pulse, pipe, drain_seconds, row)
+    with ExitStack() as undo:
+        pulse = os.memfd_create("pulse")
+        undo.callback(os.close, pulse)
+        os.ftruncate(pulse, 8)
+        pipe, write = os.pipe()
+        undo.callback(os.close, pipe)
+        undo.callback(os.close, write)
+        process = Process(pulse, pipe, drain_seconds, row)
+        undo.pop_all()
     process.beat()
     # A signal for the child must not be written to the parent's wakeup pipe, which it has until then.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    parent = os.getpid()
     try:
         process.pid = os.fork()
         if process.pid == 0:
+            end_with(parent, signal.SIGKILL)
             _become_worker(process, run, write, close)
     except OSError:
         process.close()
@@ -163,7 +231,7 @@ def _become_worker(process: Process, run: Run, write: int, close: Iterable[Calla
     try:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if number in STRAY else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(process.pipe)
         for each in close:
@@ -176,9 +244,29 @@ def _become_worker(process: Process, run: Run, write: int, close: Iterable[Calla
         os._exit(status)
 
 
+def end_with(parent: int, number: signal.Signals) -> None:
+    """
+    Have the kernel send this process ``number`` when ``parent``, which has forked it, ends, however it does (prctl(2)).
+
+    It holds over execve(2), unless that changes who the process runs as.
+    """
+    if _prctl:
+        _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number))
+    if os.getppid() != parent:  # it has ended before that
+        os.kill(os.getpid(), number)
+
+
+def ignore_strays() -> None:
+    """Ignore the stray signals by a handler, which a program that this process starts does not inherit."""
+    for number in STRAY:
+        signal.signal(number, lambda *_: None)
+
+
+def name_of(number: int) -> str:
+    """Return the name of a signal; most real-time signals have none."""
+    return next((known.name for known in signal.Signals if known == number), f"signal {number}")
+
+
 def died(status: int) -> str:
     """Return how a process ended, by its exit status as `os.waitstatus_to_exitcode` gives it."""
-    if status < 0:
-        known = {number.value: number.name for number in signal.Signals}
-        return f"was ended by {known.get(-status, f'signal {-status}')}"
-    return f"ended with status {status}"
+    return f"was ended by {name_of(-status)}" if status < 0 else f"ended with status {status}"

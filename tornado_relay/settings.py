@@ -36,12 +36,12 @@ def _setting(variable: str, default: Any, parse: Callable[[str], Any], meaning: 
 class Settings:
     """All settings of a relay. Each field's metadata holds its variable, flag, parser and meaning."""
 
-    host: str = _setting("RELAY_HTTP_HOST", "0.0.0.0", values.text, "address to listen on")
+    host: str = _setting("RELAY_HTTP_HOST", "0.0.0.0", values.host, "address to listen on; * is all of IPv4 and IPv6")
     port: int = _setting("RELAY_HTTP_PORT", 8001, values.port, "TCP port to listen on; 0 takes a free one")
     unix_socket: str = _setting(
         "RELAY_UNIX_SOCKET", "", values.text, "path of a Unix socket to listen on, in place of host and port"
     )
-    admin_host: str = _setting("RELAY_ADMIN_HOST", "127.0.0.1", values.text, "address of the admin listener")
+    admin_host: str = _setting("RELAY_ADMIN_HOST", "127.0.0.1", values.host, "address of the admin listener")
     admin_port: int = _setting(
         "RELAY_ADMIN_PORT", 0, values.port, "TCP port of the admin listener: a page at /, /status, /metrics; 0 is none"
     )

@@ -7,17 +7,20 @@ A Unix socket, and what systemd gives, is shared by the workers.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import SettingsError
 from .settings import FIELDS, Settings
@@ -25,6 +28,10 @@ from .settings import FIELDS, Settings
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
+EVERYWHERE = ("*", "::")
+"""Hosts that are all addresses of IPv4 and IPv6."""
+# The folder of the admin listener, and the socket of a worker in it: its place and its process id.
+_PREFIX, _SOCKET_NAME = "sse-relay-", re.compile("([0-9]+)-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def listen(settings: Settings, public: list[socket.socket], admin: list[socket.s
 
 def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> list[list[socket.socket]]:
     """
-    Bind ``count`` groups of sockets, one socket in each for every address of ``host``.
+    Bind ``count`` groups of sockets, one socket in each for every address of ``host`` that this machine has.
 
     Port 0 takes a free port, the same for all. ``flags`` are those that errors name.
 
@@ -80,11 +87,7 @@ def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> lis
     """
     groups: list[list[socket.socket]] = []
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        addresses = list(dict.fromkeys((info[0], info[4]) for info in found))
-        for family, address in addresses:
-            if port:
-                _refuse_taken(family, address)
+        addresses = _usable(host, port)
         for _ in range(count):
             group: list[socket.socket] = []
             groups.append(group)
@@ -97,7 +100,35 @@ def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> lis
     except (OSError, UnicodeError) as exc:  # UnicodeError: a name that IDNA does not allow
         _close(groups)
         why = getattr(exc, "strerror", None) or exc
-        raise SettingsError(f"cannot listen on {host}:{port} ({flags}): {why}") from exc
+        place = f"[{host}]" if ":" in host else host
+        raise SettingsError(f"cannot listen on {place}:{port} ({flags}): {why}") from exc
+
+
+def _usable(host: str, port: int) -> list[tuple[int, Any]]:
+    """
+    Return the families and addresses of ``host`` that can be bound. Some may be missing in this kernel, such as IPv6.
+
+    Raises:
+        OSError: If there is none, or one of them is taken.
+
+    """
+    found = socket.getaddrinfo(
+        None if host in EVERYWHERE else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    usable, missing = list[tuple[int, Any]](), list[tuple[Any, OSError]]()
+    for family, address in dict.fromkeys((info[0], info[4]) for info in found):
+        try:
+            _refuse_taken(family, address)
+            usable.append((family, address))
+        except OSError as exc:
+            if exc.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            missing.append((address[0], exc))
+    if not usable:
+        raise missing[0][1]
+    for name, error in missing:
+        log.info("not listening on %s, which this machine does not have: %s", name, error.strerror)
+    return usable
 
 
 def bind_unix(path: str, count: int) -> list[list[socket.socket]]:
@@ -180,14 +211,28 @@ class Admin:
     """`time.monotonic` at the start of the relay."""
     number: int = 0
     """The place of this worker among them."""
+    required: bool = True
+    """Whether a worker may only start if it has its socket: at the start of the relay."""
 
     def path(self, number: int, pid: int) -> Path:
         """Return where the worker at this place, with this process id, has its socket."""
         return self.folder / f"{number}-{pid}"
 
+    def make_folder(self) -> None:
+        """
+        Make the folder again if somebody has cleaned it up, as systemd-tmpfiles does.
+
+        Raises:
+            OSError: If that cannot be, or something else is in its place.
+
+        """
+        if not _is_private(self.folder):
+            self.folder.mkdir(0o700)
+
     def present(self) -> list[tuple[int, int]]:
         """Return place and process id of those who have one; a place may have two, one of which is ending."""
-        found = (re.fullmatch("([0-9]+)-([0-9]+)", path.name) for path in self.folder.glob("*"))
+        paths = self.folder.glob("*") if _is_private(self.folder) else ()
+        found = (_SOCKET_NAME.fullmatch(path.name) for path in paths)
         return [(int(match[1]), int(match[2])) for match in found if match]
 
 
@@ -205,14 +250,42 @@ def admin(listeners: list[socket.socket], workers: int, before: tuple[str, float
     if not listeners:
         yield None
         return
+    if not before:
+        _remove_abandoned()
     try:
-        folder, since = before or (tempfile.mkdtemp(prefix="sse-relay-"), time.monotonic())
+        folder, since = before or (tempfile.mkdtemp(prefix=_PREFIX), time.monotonic())
     except OSError as exc:
         raise SettingsError(f"--admin-port: there can be no folder for the workers' sockets: {exc}") from exc
     try:
         yield Admin(listeners, Path(folder), workers, since)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_private(folder: Path) -> bool:
+    """Return whether it is a folder that only this user can enter, not a link and not another user's."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders of relays that were killed: those of this user in which nobody answers any more."""
+    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        try:
+            paths = list(folder.iterdir()) if _is_private(folder) else []
+            if paths and all(_SOCKET_NAME.fullmatch(path.name) and _is_dead(path) for path in paths):
+                shutil.rmtree(folder)
+        except OSError as exc:
+            log.debug("%s cannot be removed: %s", folder, exc)
+
+
+def _is_dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
 def shown(listener: socket.socket) -> str:

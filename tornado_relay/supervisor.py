@@ -11,17 +11,16 @@ import logging
 import os
 import select
 import signal
-import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from . import limits
-from .brokers.backoff import Backoff
+from . import limits, tokens
 from .counts import LAYOUT, PID, RELOADS, RESTARTS, Counts, Ledger
 from .handover import FIXED, Handover, Heir
-from .process import SIGNALS, Process, died, fork
+from .process import SIGNALS, STRAY, Process, Slot, died, fork, name_of
 from .settings import Settings
 from .sockets import Admin, Listening, identity, shown
 from .systemd import Notifier
@@ -33,20 +32,6 @@ HEALTHY_SECONDS = 10.0
 
 RunWorker = Callable[..., int]
 """`worker.run`."""
-
-
-@dataclasses.dataclass(eq=False)
-class Slot:
-    """The place of one worker: its listening sockets, and who accepts on them."""
-
-    number: int
-    sockets: list[socket.socket]
-    current: Process | None = None
-    """The worker that serves; during a reload it goes on until `replacement` serves."""
-    replacement: Process | None = None
-    backoff: Backoff = dataclasses.field(default_factory=lambda: Backoff(0.1, 30.0))
-    due: float | None = 0.0
-    """When to start the next worker, while there is none."""
 
 
 class Supervisor:
@@ -145,7 +130,8 @@ class Supervisor:
         finally:
             # By now it may be another relay's.
             if self._socket_file and identity(self.settings.unix_socket) == self._socket_file:
-                Path(self.settings.unix_socket).unlink()
+                with suppress(OSError):
+                    Path(self.settings.unix_socket).unlink()
 
     def _wait(self) -> list[int]:
         """Sleep until a signal, a report or the next thing that is due; return the signals."""
@@ -175,8 +161,10 @@ class Supervisor:
             self._start_reload()
         elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             at_once = number != signal.SIGTERM or self._stopping
-            log.info("%s: stopping%s", signal.Signals(number).name, " at once" if at_once else "")
+            log.info("%s: stopping%s", name_of(number), " at once" if at_once else "")
             self._stop(signal.SIGINT if at_once else signal.SIGTERM)
+        elif number in STRAY:
+            log.info("%s is ignored", name_of(number))
 
     def _stop(self, number: signal.Signals) -> None:
         if not self._stopping:
@@ -203,7 +191,7 @@ class Supervisor:
         seats = limits.Seats(self.tally, row, current.max_connections, current.max_connections_per_ip, here)
         counts = Counts(self.ledger, row)
         counts.begin(slot.number)
-        admin = self.admin and dataclasses.replace(self.admin, number=slot.number)
+        admin = self.admin and dataclasses.replace(self.admin, number=slot.number, required=not self._up)
         run = partial(self.run_worker, self.settings, slot.sockets, seats, counts=counts, admin=admin)
         try:
             process = fork(run, close, self.settings.drain_seconds, row)
@@ -247,14 +235,15 @@ class Supervisor:
 
     def _gone(self, process: Process, slot: Slot, status: int) -> None:
         if process.pipe >= 0:
-            process.read_report()
+            process.read_report(ended=True)
         process.close()
         if process is self._trial:
             self._tried("" if process.ready else process.trouble or died(status))
             return
         self._free(process.row)
         if self.admin:
-            self.admin.path(slot.number, process.pid).unlink(missing_ok=True)
+            with suppress(OSError):  # whatever there is now in its place
+                self.admin.path(slot.number, process.pid).unlink()
         if process is slot.replacement:
             slot.replacement = None
             if not self._stopping:
@@ -268,7 +257,9 @@ class Supervisor:
 
     def _died_by_itself(self, process: Process, slot: Slot, how: str) -> None:
         if not self._up:
-            self._cannot_start(process.trouble or f"a worker {how} while it started")
+            # What it says itself stays so until somebody changes a setting or the broker.
+            status = os.EX_CONFIG if process.trouble else 1
+            self._cannot_start(process.trouble or f"a worker {how} while it started", status)
             return
         if slot.replacement:  # the reload under way fills the place
             return
@@ -280,9 +271,9 @@ class Supervisor:
         slot.due = now + delay
         log.error("worker %d (%d) %s, the next starts in %.1f s", slot.number, process.pid, how, delay)
 
-    def _cannot_start(self, why: str) -> None:
+    def _cannot_start(self, why: str, status: int) -> None:
         log.critical("cannot start: %s", why)
-        self._exit_status = 1
+        self._exit_status = status
         self._stop(signal.SIGTERM)
 
     def _restart_due(self) -> None:
@@ -294,7 +285,7 @@ class Supervisor:
                     slot.current = self._fork(slot)
                 except OSError as exc:
                     if not self._up:
-                        self._cannot_start(f"a worker cannot be forked: {exc}")
+                        self._cannot_start(f"a worker cannot be forked: {exc}", 1)
                         return
                     delay = slot.backoff.next()
                     slot.due = now + delay
@@ -341,6 +332,7 @@ class Supervisor:
             self._embedded,
             {name: getattr(self.settings, name) for name in FIXED},
             self._memory,
+            not self.settings.debug and tokens.authenticates(self.settings),
             self._reload_again,
         )
 
@@ -354,7 +346,7 @@ class Supervisor:
         if not self._stopping and not trouble:
             try:
                 self._handover().execute()
-            except OSError as exc:
+            except (OSError, ValueError) as exc:
                 trouble = f"the new code cannot be run: {exc}"
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if trouble and not self._stopping:

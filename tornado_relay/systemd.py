@@ -75,7 +75,8 @@ class Notifier:
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         mine = environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
-        microseconds = int(environ.get("WATCHDOG_USEC", "0")) if mine else 0
+        given = environ.get("WATCHDOG_USEC", "")
+        microseconds = int(given) if mine and re.fullmatch("[0-9]{1,18}", given) else 0
         # Half of the limit, as sd_watchdog_enabled(3) advises.
         self._every = microseconds / 2_000_000
         self._next = 0.0
@@ -101,8 +102,10 @@ class Notifier:
 
     def _send(self, state: str) -> None:
         if self._address:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-                try:
-                    notify.sendto(state.encode(), self._address)
-                except OSError:
-                    pass  # systemd is gone; that is no reason to go as well
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                    notify.settimeout(1.0)
+                    # The path of a Unix socket may have bytes that are not UTF-8.
+                    notify.sendto(state.encode(errors="replace"), self._address)
+            except OSError:
+                pass  # systemd is gone; that is no reason to go as well

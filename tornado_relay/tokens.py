@@ -77,6 +77,17 @@ def keys_of(current: Settings) -> Keys:
     )
 
 
+def authenticates(current: Settings) -> bool:
+    """
+    Return whether a relay with these settings asks who somebody is before it lets them listen.
+
+    Raises:
+        SettingsError: As `Keys` does.
+
+    """
+    return bool(keys_of(current)) or bool(current.auth_url)
+
+
 class Keys:
     """
     The keys by which tokens are verified.

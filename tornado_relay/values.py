@@ -23,6 +23,11 @@ def text(value: str) -> str:
     return value
 
 
+def host(value: str) -> str:
+    """Return a host; an IPv6 address may have the brackets that it has in a URL."""
+    return value[1:-1] if value.startswith("[") and value.endswith("]") else value
+
+
 def boolean(value: str) -> bool:
     """Return a boolean."""
     if value.lower() not in BOOLEANS:

@@ -76,7 +76,8 @@ def run(
 
     """
     logs.of_worker(int(counts.get(NUMBER)))
-    return asyncio.run(Worker(settings, sockets, seats, beat, report, counts=counts, admin=admin).main())
+    worker = Worker(settings, sockets, seats, beat, report, counts=counts, admin=admin)
+    return asyncio.run(_to_its_end(worker))
 
 
 def rehearse(settings: Settings, report: Callable[[str], None]) -> bool:
@@ -101,7 +102,17 @@ def rehearse(settings: Settings, report: Callable[[str], None]) -> bool:
 
     seats, counts = Seats(Tally(1), 0, 0, 0), Counts(Ledger(1), 0)
     worker = Worker(settings, [], seats, lambda: None, started, counts=counts, admin=None)
-    return asyncio.run(worker.main()) == STOPPED and served
+    return asyncio.run(_to_its_end(worker)) == STOPPED and served
+
+
+async def _to_its_end(worker: Worker) -> int:
+    """Run ``worker``. A signal that comes after that, to any of its threads, must not be handed to a loop that closes."""
+    try:
+        return await worker.main()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Worker:
@@ -181,8 +192,10 @@ class Worker:
             try:
                 await peers.start()
             except OSError as exc:
-                self.report(f"a worker cannot have its socket in {self.admin.folder}: {exc}")
-                return CANNOT_START
+                if self.admin.required:
+                    self.report(f"a worker cannot have its socket in {self.admin.folder}: {exc}")
+                    return CANNOT_START
+            working.add(asyncio.create_task(peers.stay()))
             # A page that asks again comes to whichever worker is free then.
             self.desk = self._server(AdminApplication(self.relay, peers), None, no_keep_alive=True)
             self.desk.listen_on(self.admin.listeners)

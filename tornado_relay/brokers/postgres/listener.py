@@ -49,6 +49,7 @@ _HAS_HISTORY = "SELECT to_regnamespace('sse_relay') IS NOT NULL"
 # (password, database, pg_hba.conf) needs a person. libpq gives no SQLSTATE here, only this text.
 _PASSING = re.compile(
     "starting up|shutting down|not yet accepting|system is not accepting|too many|remaining connection slots|recovery"
+    "|terminating|cancel|timeout|out of memory|no more connections|has been failing|could not fork|try again"
 )
 
 
