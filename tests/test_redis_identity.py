@@ -8,7 +8,7 @@ from outages import Proxy
 from pages import come_back, got, resets
 from redis_group import Member
 from relay import Relay
-from servers import old_redis_binary, redis_binary, until
+from servers import free_port, old_redis_binary, redis_binary, until
 
 from tornado_relay.brokers.redis import scripts
 from tornado_relay.publish import open_publisher
@@ -179,22 +179,31 @@ def test_replica_that_takes_over_without_a_restart(servers, tmp_path, pages, cha
         got(pages, everything, "1", "2")
 
 
-def test_connections_that_lead_to_two_servers(servers, tmp_path, pages, channel):
-    """Only new connections lead to the other server: the reader follows that of the history, and streams are told."""
+@pytest.mark.parametrize("how", ["one connection is lost", "the old server is demoted"])
+def test_connections_that_lead_to_two_servers(servers, tmp_path, pages, channel, how):
+    """Only new connections lead to the other server: the relay and notify() leave the old one, and streams are told."""
     a, b = servers(redis_binary), servers(redis_binary)
-    with Proxy(a.port) as proxy, relay_at(proxy.port, tmp_path) as relay:
+    with (
+        Proxy(a.port) as proxy,
+        relay_at(proxy.port, tmp_path) as relay,
+        closing(open_publisher("redis", f"redis://127.0.0.1:{proxy.port}")) as publisher,
+    ):
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
-        publish(proxy.port, channel, "1")
+        publisher.publish(channel, "1")
         got(pages, page, "1")
         proxy.target = b.port
-        for each in a.client.client_list():
-            if each["name"] == "sse-relay-history":
-                a.client.client_kill_filter(_id=each["id"])
+        if how == "the old server is demoted":
+            a.client.replicaof("127.0.0.1", free_port())
+            publisher.publish(channel, "to nobody yet, or to the relay")
+        else:
+            for each in a.client.client_list():
+                if each["name"].startswith("sse-relay-history"):
+                    a.client.client_kill_filter(_id=each["id"])
         until(lambda: relay.log.count("Redis connected") == 2, "the reader follows", 40)
         assert "the address leads to another server now" in relay.log
         pages.until(lambda: resets(page), "the stream is told")
         publish(proxy.port, channel, "2")
-        got(pages, page, "1", "2")
+        pages.until(lambda: page.data[-1:] == ["2"], "the event")
         assert resets(page) == [{"reason": "history-lost", "channels": [channel]}]
 
 

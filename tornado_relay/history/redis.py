@@ -73,9 +73,7 @@ class RedisHistory:
         server = self._server()
         if not server and urls.names_group(self._url):
             raise BrokerUnavailable("no server of the group is connected")
-        await self._call(self._connect_anew, server)
-        if not self._agrees(self._process):
-            raise BrokerUnavailable("the address leads to another server now")
+        await self._reconnect(server)
         if not self._process and not self._warned:
             self._warned = True
             log.warning(
@@ -120,6 +118,11 @@ class RedisHistory:
         """See `History`; Redis deletes by itself, as long as it is known that a relay is there."""
         await self._lapse()
         return False
+
+    async def _reconnect(self, server: str) -> None:
+        await self._call(self._connect_anew, server)
+        if not self._agrees(self._process):
+            raise BrokerUnavailable("the address leads to another server now")
 
     async def _lapse(self) -> None:
         seconds = max(LAPSE_SECONDS, round(self._seconds))
@@ -175,6 +178,10 @@ class RedisHistory:
             return await asyncio.get_running_loop().run_in_executor(self._executor, partial(command, *arguments))
         except _AWAY as exc:
             raise BrokerUnavailable(str(exc) or type(exc).__name__) from exc
+        except redis.exceptions.ReadOnlyError as exc:
+            # The server has become a replica. A new connection may lead to the one that took over.
+            await self._reconnect(self._connected_to)
+            raise BrokerUnavailable(str(exc)) from exc
         except redis.RedisError as exc:
             raise BrokerRefused(str(exc)) from exc
 

@@ -18,9 +18,13 @@ local entry = redis.call('XREVRANGE', KEYS[3], '+', '-', 'COUNT', 1)[1]
 local before = entry and string.match(entry[1], '^%d+') or '0'
 -- The channel's events can outlive the state, and then be further on than the clock.
 local number = math.max(state.now, (state.last or 0) + 1, before + 1)
-local seq, ahead = text(number), text(number - state.time)
+local seq = text(number)
 redis.call('XADD', KEYS[3], seq .. '-0', 'payload', ARGV[2], 'token', token, 'before', before)
-redis.call('HSET', KEYS[1], 'seq', seq, 'ahead', ahead)
+if number - state.time == state.stored then
+    redis.call('HSET', KEYS[1], 'seq', seq)
+else
+    redis.call('HSET', KEYS[1], 'seq', seq, 'ahead', text(number - state.time))
+end
 local sent = redis.pcall('PUBLISH', ARGV[1], '\30' .. token .. '-' .. seq .. '\30\30' .. ARGV[2])
 if type(sent) == 'table' then
     -- What was not published must not be kept. An empty stream would hide that events before it are gone.

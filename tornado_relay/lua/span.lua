@@ -28,8 +28,11 @@ local function token_of(state, spans, is_new, place, process, seen)
         -- Of a server that does not say which one it is, only the missing script tells that it started again.
         restarted = true
     end
-    local newest = string.match(seen, '^%x+')
-    if not newest or newest == state.token then
+    local newest = seen
+    if seen ~= '' and seen ~= state.token then
+        newest = string.match(seen, '^%x+')
+    end
+    if newest == state.token then
         seen = ''
     end
     if seen ~= '' or took_over or restarted or not state.token then

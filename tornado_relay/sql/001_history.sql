@@ -70,18 +70,23 @@ CREATE TABLE sse_relay.pruned (
 );
 CREATE INDEX pruned_kept ON sse_relay.pruned (kept);
 
--- Returns the token of the newest span, or NULL if the server or the data are not those that it began on.
+-- Returns the token of the newest span, or NULL if the server or the data are not those that it began on. It is in
+-- plpgsql, which keeps its plan: each commit calls it.
 CREATE FUNCTION sse_relay.valid_token() RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT s.token FROM sse_relay.span s
-    WHERE s.n = (SELECT max(n) FROM sse_relay.span)
-        AND s.server_start = pg_postmaster_start_time()
-        AND s.filenode = pg_relation_filenode('sse_relay.event')
-        AND s.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-        AND s.written = s.xmin
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT s.token FROM (SELECT *, xmin FROM sse_relay.span ORDER BY n DESC LIMIT 1) s
+        WHERE s.server_start = pg_postmaster_start_time()
+            AND s.filenode = pg_relation_filenode('sse_relay.event')
+            AND s.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+            AND s.written = s.xmin
+    );
+END $$;
 
--- Begins a span behind the last event and behind `last_id`, and returns its token. The caller holds the lock.
+-- Begins a span behind the last event and behind `last_id`, and returns its token. The caller holds the lock. It draws the
+-- id behind this: a copy of the data that was put in place may draw from further on than its last event, and what is in
+-- between is of the lost time.
 CREATE FUNCTION sse_relay.begin_span(last_id bigint) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -108,13 +113,6 @@ BEGIN
     RETURN newest.token;
 END $$;
 
--- Returns the token for the next id. The caller holds the lock, and draws the id behind this: a copy of the data that
--- was put in place may draw from further on than its last event, and what is in between is of the lost time.
-CREATE FUNCTION sse_relay.current_token() RETURNS text
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(sse_relay.valid_token(), sse_relay.begin_span(0))
-$$;
-
 -- What an operator truncates is gone up to the last id that was drawn.
 CREATE FUNCTION sse_relay.truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -139,7 +137,9 @@ LANGUAGE plpgsql ROWS 1 SECURITY DEFINER SET search_path = pg_catalog, pg_temp A
 BEGIN
     IF sse_relay.valid_token() IS NULL THEN
         PERFORM pg_advisory_xact_lock(8319104478);
-        PERFORM sse_relay.current_token();
+        IF sse_relay.valid_token() IS NULL THEN
+            PERFORM sse_relay.begin_span(0);
+        END IF;
     END IF;
     RETURN QUERY SELECT * FROM sse_relay.head();
 END $$;
@@ -154,7 +154,7 @@ DECLARE
     message text;
 BEGIN
     PERFORM pg_advisory_xact_lock(8319104478);
-    event_token := sse_relay.current_token();
+    event_token := coalesce(sse_relay.valid_token(), sse_relay.begin_span(0));
     event_id := nextval('sse_relay.event_id');
     SELECT greatest((SELECT max(e.id) FROM sse_relay.event e), s.pruned_through, s.counted_through) INTO last_id
         FROM sse_relay.state s;

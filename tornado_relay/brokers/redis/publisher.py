@@ -133,6 +133,11 @@ class RedisPublisher:
                 if self._shards:
                     self._shards.look_again()
                 raise
+            except redis.ResponseError as exc:
+                # The server has become a replica, and has done nothing of it. New connections may lead to its successor.
+                if "READONLY" not in str(exc) or left < _REDIRECTIONS - 1:
+                    raise
+                self._one.disconnect(inuse_connections=False)
         return None
 
     def _run_once(self, key: str, command: tuple[Any, ...], with_script: tuple[Any, ...] | None) -> Any:
