@@ -37,7 +37,8 @@ def build(source, folder):
     *words, books, here, site = shlex.split(recipe)[1:]
     assert (books, here, site) == ("build/docs", ".", "site")
     command = [sys.executable, "-m", "sphinx", *words, folder / "books", ".", folder / "site"]
-    env = environment(PYTHONPATH=str(ROOT))
+    # Sphinx's own warnings are not ours.
+    env = environment(PYTHONPATH=str(ROOT), PYTHONWARNINGS="")
     return subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, check=False)
 
 
