@@ -106,12 +106,14 @@ def node_client(folder, package, code, url):
     (folder / "client.mjs").write_text(code)
     client = subprocess.Popen([node, "client.mjs", url], cwd=folder, stdout=subprocess.PIPE, text=True)
     lines = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in client.stdout], daemon=True).start()
+    reader = threading.Thread(target=lambda: [lines.put(line) for line in client.stdout])
+    reader.start()
     try:
-        yield lambda: json.loads(lines.get(timeout=PATIENCE))
+        yield lambda: json.loads(lines.get(timeout=3 * PATIENCE))
     finally:
         client.kill()
-        client.wait()
+        reader.join()
+        client.communicate()
 
 
 NPM_EVENTSOURCE = """
