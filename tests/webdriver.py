@@ -1,0 +1,205 @@
+"""Firefox and WebKit without a window, driven by WebDriver: Firefox over Marionette's socket, WebKit over HTTP."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from glob import glob
+
+import httpx
+from programs import program
+from servers import PATIENCE, free_port, until
+
+# The page's own eval sees its top-level constants; a script of WebDriver's is a function beside them.
+EVALUATE = """
+  const [expression, done] = arguments
+  Promise.resolve().then(() => window.eval(expression)).then(value => done({ value }), error => done({ error: `${error}` }))
+"""
+# Firefox asks its makers for nothing, shows no first page, and takes a free port for Marionette.
+PREFERENCES = {
+    "app.normandy.enabled": False,
+    "app.update.disabledForTesting": True,
+    "browser.shell.checkDefaultBrowser": False,
+    "browser.startup.page": 0,
+    "browser.startup.homepage_override.mstone": "ignore",
+    "datareporting.policy.dataSubmissionEnabled": False,
+    "extensions.update.enabled": False,
+    "marionette.port": 0,
+    "network.captive-portal-service.enabled": False,
+    "network.connectivity-service.enabled": False,
+    "services.settings.server": "data:,#remote-settings-dummy/v1",
+    "toolkit.telemetry.server": "",
+}
+
+
+class DriverError(Exception):
+    """The browser refused a command, such as one for a page that is just being left."""
+
+
+class Tab:
+    """One page of ``browser``; the tab that is called is the one that is switched to."""
+
+    def __init__(self, browser, handle):
+        self._browser = browser
+        self._handle = handle
+
+    def evaluate(self, expression):
+        """Return the value of a JavaScript expression in the page, which may be a promise; None if the page is just left."""
+        try:
+            answer = self._command("ExecuteAsyncScript", script=EVALUATE, args=[expression])
+        except DriverError:
+            return None
+        assert "error" not in answer, answer["error"]
+        return answer.get("value")
+
+    def go(self, url):
+        self._command("Navigate", url=url)
+
+    def reload(self):
+        self._command("Refresh")
+
+    def close(self):
+        self._command("CloseWindow")
+
+    def _command(self, name, **parameters):
+        self._browser.command("SwitchToWindow", handle=self._handle)
+        return self._browser.command(name, **parameters)
+
+
+class Driven(Tab):
+    """What both browsers have: one page, and more that `tab` opens; ended by `close`."""
+
+    def _begin(self, url):
+        super().__init__(self, self.command("GetWindowHandle"))
+        self.command("SetTimeouts", script=PATIENCE * 1000)
+        self.go(url)
+
+    def tab(self, url):
+        """Open one more page."""
+        page = Tab(self, self.command("NewWindow", type="tab")["handle"])
+        page.go(url)
+        return page
+
+    def _start(self, command, home, **more):
+        """Start a program that leaves nothing outside ``home``, and returns no session bus that it would start."""
+        folders = dict.fromkeys(("HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), home)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | folders | {"DBUS_SESSION_BUS_ADDRESS": "disabled:", "NO_AT_BRIDGE": "1"} | more,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def close(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Firefox(Driven):
+    """A headless Firefox."""
+
+    def __init__(self, profile, url):
+        binary = program("firefox-esr", "firefox")
+        profile.mkdir()
+        lines = (f"user_pref({json.dumps(name)}, {json.dumps(value)});\n" for name, value in PREFERENCES.items())
+        (profile / "user.js").write_text("".join(lines))
+        command = [binary, "--headless", "--no-remote", "--marionette", "--profile", profile]
+        self._start(command, profile / "home", MOZ_CRASHREPORTER_DISABLE="1")
+        try:
+            port_file = profile / "MarionetteActivePort"
+            port = until(lambda: port_file.exists() and port_file.read_text(), "Firefox is up", seconds=60)
+            self._socket = socket.create_connection(("127.0.0.1", int(port)), PATIENCE)
+            self._stream = self._socket.makefile("rb")
+            self._receive()
+            self.command("NewSession")
+            self._begin(url)
+        except BaseException:
+            self.close()
+            raise
+
+    def command(self, name, **parameters):
+        message = json.dumps([0, 1, f"WebDriver:{name}", parameters]).encode()
+        self._socket.sendall(b"%d:%b" % (len(message), message))
+        _, _, error, result = self._receive()
+        if error:
+            raise DriverError(error["error"], error["message"])
+        return result["value"] if isinstance(result, dict) and result.keys() == {"value"} else result
+
+    def _receive(self):
+        """A message is its length, a colon, and JSON."""
+        length = 0
+        while (digit := self._stream.read(1)) != b":":
+            length = 10 * length + int(digit)
+        return json.loads(self._stream.read(length))
+
+
+class WebKit(Driven):
+    """WebKitGTK's MiniBrowser, on a display that nobody sees."""
+
+    PATHS = {
+        "NewSession": "",
+        "GetWindowHandle": "/window",
+        "SwitchToWindow": "/window",
+        "NewWindow": "/window/new",
+        "CloseWindow": "/window",
+        "SetTimeouts": "/timeouts",
+        "Navigate": "/url",
+        "Refresh": "/refresh",
+        "ExecuteAsyncScript": "/execute/async",
+    }
+    METHODS = {"GetWindowHandle": "GET", "CloseWindow": "DELETE"}
+
+    def __init__(self, profile, url):
+        driver, server, browser = program("WebKitWebDriver"), program("Xvfb"), program(*minibrowsers())
+        reader, writer = os.pipe()
+        self._display = subprocess.Popen(
+            [server, "-displayfd", str(writer), "-nolisten", "tcp"],
+            pass_fds=[writer],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(writer)
+        with os.fdopen(reader) as told:
+            display = f":{told.readline().strip()}"
+        port = free_port()
+        software = {"LIBGL_ALWAYS_SOFTWARE": "1", "WEBKIT_DISABLE_COMPOSITING_MODE": "1", "GDK_BACKEND": "x11"}
+        self._start([driver, f"--port={port}", "--host=127.0.0.1"], profile, DISPLAY=display, **software)
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/session", timeout=2 * PATIENCE)
+        self._session = ""
+        try:
+            until(self._answers, "WebKitWebDriver is up")
+            options = {"binary": browser, "args": ["--automation"]}
+            made = self.command("NewSession", capabilities={"alwaysMatch": {"webkitgtk:browserOptions": options}})
+            self._session = f"/{made['sessionId']}"
+            self._begin(url)
+        except BaseException:
+            self.close()
+            raise
+
+    def command(self, name, **parameters):
+        method = self.METHODS.get(name, "POST")
+        content = {"json": parameters} if method == "POST" else {}
+        value = self._client.request(method, self._session + self.PATHS[name], **content).json()["value"]
+        if isinstance(value, dict) and "error" in value and "message" in value:
+            raise DriverError(value["error"], value["message"])
+        return value
+
+    def close(self):
+        self._client.close()
+        super().close()
+        self._display.terminate()
+        self._display.wait(PATIENCE)
+
+    def _answers(self):
+        try:
+            return self._client.get("/../status").is_success
+        except httpx.TransportError:
+            return False
+
+
+def minibrowsers():
+    """Return where Debian and others have WebKit's browser, which is on no PATH."""
+    return ["MiniBrowser", *glob("/usr/lib/*/webkit2gtk-4.*/MiniBrowser"), *glob("/usr/lib*/webkit2gtk-4.*/MiniBrowser")]
