@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -44,53 +45,151 @@ def test_httpx_sse(relay, broker, channel):
     """Python's httpx-sse."""
     with httpx.Client() as client, connect_sse(client, "GET", f"{relay.url}/channel={channel}") as source:
         publish(broker, channel)
-        # httpx-sse makes an event of the opening retry field, where the standard fires none.
-        events = (event for event in source.iter_sse() if event.data)
+        events = source.iter_sse()
+        assert next(events).event == "stream-open"
         got = [next(events) for _ in EVENTS]
     assert [[event.event, event.data, event.id] for event in got] == RECEIVED
+
+
+def heartbeats(pages, relay):
+    """Wait until every stream of the relay's one worker has had two heartbeats."""
+    (page,) = pages.open(relay.port, ["/channel=quiet"])
+    pages.until(lambda: page.body.count(b"\n:\n:\n:\n"), "three heartbeats")
+
+
+@pytest.mark.parametrize("history", ["0", "100"])
+def test_httpx_sse_gets_no_event_from_a_heartbeat(kept, channel, tmp_path, pages, history):
+    """It makes an event of every block that ends, even without data; a comment line ends none."""
+    environment = kept.environment | {"RELAY_HISTORY": history}
+    with (
+        Relay(tmp_path, "--workers", "1", "--heartbeat", "1", **environment) as relay,
+        httpx.Client() as client,
+        connect_sse(client, "GET", f"{relay.url}/channel={channel}") as source,
+    ):
+        events = source.iter_sse()
+        assert next(events).event == "stream-open"
+        heartbeats(pages, relay)
+        kept.publish(channel, "hello")
+        event = next(events)
+        assert (event.event, event.data) == ("message", "hello")
+        kept.publish(f"{channel}-2", "elsewhere")
+        heartbeats(pages, relay)
+        kept.publish(channel, "bye")
+        # With a history the position has moved; without one nothing has.
+        moved = [json.loads(next(events).data)["id"]] if history != "0" else []
+        event = next(events)
+        assert (event.event, event.data) == ("message", "bye")
+        if moved:
+            assert kept.publisher.newest() == event.id != moved[0]
 
 
 def test_requests(relay, broker, channel):
     """Python's requests, which buffers what does not come in chunks; each event is there before the next is sent."""
     answer = requests.get(f"{relay.url}/channel={channel}", stream=True, timeout=30)
     lines = answer.iter_lines()
+    assert next(line for line in lines if line.startswith(b"data:")) == b'data: {"id":"none","resumed":false}'
     for number in range(3):
         broker.publish(channel, str(number))
         assert next(line for line in lines if line.startswith(b"data:")) == b"data: %d" % number
     answer.close()
 
 
-def test_npm_eventsource(relay, broker, channel, tmp_path):
-    """Node's eventsource package, which also reconnects as the standard says."""
+@contextmanager
+def node_client(folder, package, code, url):
+    """Run ``code``, which prints a line of JSON for each thing that it gets; yields what reads the next one."""
     node, npm = program("node"), program("npm")
     subprocess.run(
-        [npm, "install", "--silent", "--no-audit", "--no-fund", "eventsource@4"], cwd=tmp_path, check=True, timeout=180
+        [npm, "install", "--silent", "--no-audit", "--no-fund", package], cwd=folder, check=True, timeout=180
     )
-    (tmp_path / "client.mjs").write_text(
-        """
-        import { EventSource } from 'eventsource'
-        const source = new EventSource(process.argv[2])
-        const show = e => console.log(JSON.stringify([e.type, e.data, e.lastEventId]))
-        source.onopen = () => console.log('"open"')
-        source.onmessage = show
-        source.addEventListener('NEW_NOTIFICATION', show)
-        """
-    )
-    client = subprocess.Popen(
-        [node, "client.mjs", f"{relay.url}/channel={channel}"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
+    (folder / "client.mjs").write_text(code)
+    client = subprocess.Popen([node, "client.mjs", url], cwd=folder, stdout=subprocess.PIPE, text=True)
     try:
-        assert json.loads(client.stdout.readline()) == "open"
-        publish(broker, channel)
-        # The package leaves lastEventId of an event without an id of its own empty, where the standard keeps the last.
-        own_ids = [[*received[:2], str(event.get("id", ""))] for event, received in zip(EVENTS, RECEIVED, strict=True)]
-        assert [json.loads(client.stdout.readline()) for _ in EVENTS] == own_ids
-        for worker in relay.workers():
-            os.kill(worker, signal.SIGKILL)
-        assert json.loads(client.stdout.readline()) == "open"
+        yield lambda: json.loads(client.stdout.readline())
     finally:
         client.kill()
         client.communicate()
+
+
+NPM_EVENTSOURCE = """
+    import { EventSource } from 'eventsource'
+    const source = new EventSource(process.argv[2])
+    const show = e => console.log(JSON.stringify([e.type, e.data, e.lastEventId]))
+    source.onopen = () => console.log('"open"')
+    source.onmessage = show
+    for (const type of ['NEW_NOTIFICATION', 'stream-open', 'stream-reset']) source.addEventListener(type, show)
+"""
+
+
+def test_npm_eventsource(relay, broker, channel, tmp_path):
+    """Node's eventsource package, which also reconnects as the standard says."""
+    with node_client(tmp_path, "eventsource@4", NPM_EVENTSOURCE, f"{relay.url}/channel={channel}") as line:
+        assert line() == "open"
+        assert line() == ["stream-open", '{"id":"none","resumed":false}', NO_HISTORY]
+        publish(broker, channel)
+        # The package leaves lastEventId of an event without an id of its own empty, where the standard keeps the last.
+        own_ids = [[*received[:2], str(event.get("id", ""))] for event, received in zip(EVENTS, RECEIVED, strict=True)]
+        assert [line() for _ in EVENTS] == own_ids
+        for worker in relay.workers():
+            os.kill(worker, signal.SIGKILL)
+        assert line() == "open"
+        assert line()[:2] == [
+            "stream-reset",
+            json.dumps({"reason": "unknown-id", "channels": [channel]}, separators=(",", ":")),
+        ]
+
+
+@pytest.mark.parametrize("history", ["0", "100"])
+def test_npm_eventsource_on_a_quiet_channel(kept, channel, tmp_path, history):
+    """It has had no event before the cut. It gets what it has missed, or it gets a reset."""
+    with (
+        Relay(tmp_path, "--workers", "1", **kept.environment | {"RELAY_HISTORY": history}) as relay,
+        node_client(tmp_path, "eventsource@4", NPM_EVENTSOURCE, f"{relay.url}/channel={channel}") as line,
+    ):
+        assert line() == "open"
+        began = line()
+        for worker in relay.workers():
+            os.kill(worker, signal.SIGKILL)
+        kept.publish(channel, "while it was away")
+        assert line() == "open"
+        if history == "0":
+            assert line()[0] == "stream-reset"
+            assert line() == began
+        else:
+            assert line() == ["stream-open", began[1].replace("false", "true"), began[2]]
+            assert line()[:2] == ["message", "while it was away"]
+
+
+FETCH_EVENT_SOURCE = """
+    import library from '@microsoft/fetch-event-source'
+    globalThis.window = globalThis
+    const show = what => console.log(JSON.stringify(what))
+    library.fetchEventSource(process.argv[2], {
+        fetch, openWhenHidden: true,
+        onmessage: ({ event, data, id }) => show([event, data, id]),
+    })
+"""
+
+
+def test_fetch_event_source_gets_no_message_from_a_heartbeat(kept, channel, tmp_path, pages):
+    """It calls onmessage for every blank line; each call has data."""
+    with (
+        Relay(tmp_path, "--workers", "1", "--heartbeat", "1", **kept.environment) as relay,
+        node_client(
+            tmp_path, "@microsoft/fetch-event-source@2", FETCH_EVENT_SOURCE, f"{relay.url}/channel={channel}"
+        ) as line,
+    ):
+        assert line()[0] == "stream-open"
+        heartbeats(pages, relay)
+        for worker in relay.workers():
+            os.kill(worker, signal.SIGKILL)
+        kept.publish(channel, "while it was away")
+        assert json.loads(line()[1])["resumed"]
+        assert line()[:2] == ["", "while it was away"]
+        heartbeats(pages, relay)
+        kept.publish(channel, "hello")
+        while (received := line())[0] == "stream-position":
+            assert json.loads(received[1])["id"] == received[2]
+        assert received[:2] == ["", "hello"]
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><script>

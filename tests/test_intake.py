@@ -148,8 +148,8 @@ def held_up(home, tmp_path, pages, channel):
             server.process.send_signal(signal.SIGSTOP)
             try:
                 answer = executor.submit(post, relay, f"/channel={channel}", {"data": "late"})
-                beats = page.body.count(b":\n\n")
-                pages.until(lambda: page.body.count(b":\n\n") > beats + 2, "heartbeats")
+                beats = page.body.count(b"\n:")
+                pages.until(lambda: page.body.count(b"\n:") > beats + 2, "heartbeats")
                 assert not answer.done()
                 yield server, relay, page, answer
             finally:

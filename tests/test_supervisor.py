@@ -81,7 +81,7 @@ def test_sighup_replaces_the_workers_one_at_a_time_with_new_settings(broker, tmp
         assert not set(before) & set(relay.workers())
         pages.until(lambda: all(page.closed for page in opened), "the old workers' streams ended")
         (page,) = pages.open(relay.port, [f"/channel={channel}"])
-        pages.until(lambda: b":\n\n" in page.body, "the new heartbeat")
+        pages.until(lambda: page.body.endswith(b"\n\n:\n"), "the new heartbeat")
 
 
 def test_sighup_with_wrong_settings_changes_nothing(broker, tmp_path, pages):

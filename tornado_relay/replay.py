@@ -188,8 +188,8 @@ class Replay:
         self._spans, self._goes_on = None, False
         if again and not self.active:
             self._hub.reset("broker-reconnect")
-        # There may have been more of those that no history keeps.
-        for stream in self._behind:
+        # There may have been more events that no history keeps. Every stream is held now.
+        for stream in self._hub if self.active else ():
             if missed := tuple(channel for channel in stream.audible if channel in self._hub.unkept):
                 self._hub.tell(stream, "broker-reconnect", missed)
         self._work.set()
@@ -230,7 +230,7 @@ class Replay:
             log.error("the broker has lost events: its history does not go on from %s", self._head)
             # Streams that are held get what there is behind the last event that may be lost.
             self._hub.restart("history-lost", head.seq, self._spans.behind({*self._tokens, self._head.token}, head.seq))
-            for stream in self._behind:
+            for stream in cast("list[Stream]", list(self._hub)):
                 stream.told = dict.fromkeys(stream.audible, head.seq)
         self.active, self._head, self._goes_on, self._tokens = True, head, True, set(self._spans)
 
