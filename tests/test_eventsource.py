@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from tornado_relay.eventsource import Parser, Received
 
-
 # What a `retry:` may say, and the pause in milliseconds that is taken from it, if it is one: by each of our parsers.
 RETRIES = [
     ("1500", 1500),

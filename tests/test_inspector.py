@@ -6,8 +6,8 @@ import signal
 
 import pytest
 from relay import Relay
-from test_eventsource import RETRIES
 from servers import until
+from test_eventsource import RETRIES
 
 TOKEN = "p" * 40
 

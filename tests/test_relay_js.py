@@ -468,7 +468,9 @@ def test_retry_of_nothing(kept_redis, running, tab, channel):
 def test_retry_of_any_length(kept_redis, running, tab):
     """A pause of thousands of digits is none, and the stream goes on."""
     relay = running(kept_redis.environment)
-    streams = [BEGIN + f"retry: {value}\n\nchannel: {number}\ndata: on\n\n" for number, (value, _) in enumerate(RETRIES)]
+    streams = [
+        BEGIN + f"retry: {value}\n\nchannel: {number}\ndata: on\n\n" for number, (value, _) in enumerate(RETRIES)
+    ]
     before = f"""
       window.streams = {json.dumps(streams)}
       fetch = async url => new Response(new ReadableStream({{

@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import subprocess
-from glob import glob
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ClassVar
 
 import httpx
 from programs import program
@@ -77,7 +79,7 @@ class Driven(Tab):
 
     def tab(self, url):
         """Open one more page."""
-        page = Tab(self, self.command("NewWindow", type="tab")["handle"])
+        page = Tab(self, self._command("NewWindow", type="tab")["handle"])
         page.go(url)
         return page
 
@@ -107,12 +109,13 @@ class Firefox(Driven):
         lines = (f"user_pref({json.dumps(name)}, {json.dumps(value)});\n" for name, value in PREFERENCES.items())
         (profile / "user.js").write_text("".join(lines))
         command = [binary, "--headless", "--no-remote", "--marionette", "--profile", profile]
+        self._opened = ExitStack()
         self._start(command, profile / "home", MOZ_CRASHREPORTER_DISABLE="1")
         try:
             port_file = profile / "MarionetteActivePort"
             port = until(lambda: port_file.exists() and port_file.read_text(), "Firefox is up", seconds=60)
-            self._socket = socket.create_connection(("127.0.0.1", int(port)), PATIENCE)
-            self._stream = self._socket.makefile("rb")
+            self._socket = self._opened.enter_context(socket.create_connection(("127.0.0.1", int(port)), PATIENCE))
+            self._stream = self._opened.enter_context(self._socket.makefile("rb"))
             self._receive()
             self.command("NewSession")
             self._begin(url)
@@ -128,6 +131,10 @@ class Firefox(Driven):
             raise DriverError(error["error"], error["message"])
         return result["value"] if isinstance(result, dict) and result.keys() == {"value"} else result
 
+    def close(self):
+        self._opened.close()
+        super().close()
+
     def _receive(self):
         """A message is its length, a colon, and JSON."""
         length = 0
@@ -139,7 +146,7 @@ class Firefox(Driven):
 class WebKit(Driven):
     """WebKitGTK's MiniBrowser, on a display that nobody sees."""
 
-    PATHS = {
+    PATHS: ClassVar = {
         "NewSession": "",
         "GetWindowHandle": "/window",
         "SwitchToWindow": "/window",
@@ -150,7 +157,7 @@ class WebKit(Driven):
         "Refresh": "/refresh",
         "ExecuteAsyncScript": "/execute/async",
     }
-    METHODS = {"GetWindowHandle": "GET", "CloseWindow": "DELETE"}
+    METHODS: ClassVar = {"GetWindowHandle": "GET", "CloseWindow": "DELETE"}
 
     def __init__(self, profile, url):
         driver, server, browser = program("WebKitWebDriver"), program("Xvfb"), program(*minibrowsers())
@@ -202,4 +209,5 @@ class WebKit(Driven):
 
 def minibrowsers():
     """Return where Debian and others have WebKit's browser, which is on no PATH."""
-    return ["MiniBrowser", *glob("/usr/lib/*/webkit2gtk-4.*/MiniBrowser"), *glob("/usr/lib*/webkit2gtk-4.*/MiniBrowser")]
+    places = ("*/webkit2gtk-4.*/MiniBrowser", "webkit2gtk-4.*/MiniBrowser")
+    return ["MiniBrowser", *(str(path) for place in places for path in Path("/usr/lib").glob(place))]

@@ -18,7 +18,6 @@ from urllib.parse import quote, urlsplit
 from . import events
 from .errors import BrokerUnavailable, RelayError
 
-
 # Milliseconds. More digits are ignored: neither int() nor sleep() takes a number of any size.
 _RETRY = re.compile("[0-9]{1,9}")
 
