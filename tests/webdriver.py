@@ -18,6 +18,8 @@ EVALUATE = """
   const [expression, done] = arguments
   Promise.resolve().then(() => window.eval(expression)).then(value => done({ value }), error => done({ error: `${error}` }))
 """
+# Seconds for one command: a browser may be slow to start.
+LONG = 3 * PATIENCE
 # Firefox asks its makers for nothing, shows no first page, and takes a free port for Marionette.
 PREFERENCES = {
     "app.normandy.enabled": False,
@@ -84,7 +86,7 @@ class Driven(Tab):
         return page
 
     def _start(self, command, home, **more):
-        """Start a program that leaves nothing outside ``home``, and returns no session bus that it would start."""
+        """Start a program that writes only below ``home`` and starts no session bus."""
         folders = dict.fromkeys(("HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), home)
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.process = subprocess.Popen(
@@ -113,8 +115,8 @@ class Firefox(Driven):
         self._start(command, profile / "home", MOZ_CRASHREPORTER_DISABLE="1")
         try:
             port_file = profile / "MarionetteActivePort"
-            port = until(lambda: port_file.exists() and port_file.read_text(), "Firefox is up", seconds=60)
-            self._socket = self._opened.enter_context(socket.create_connection(("127.0.0.1", int(port)), PATIENCE))
+            port = until(lambda: port_file.exists() and port_file.read_text(), "Firefox is up", seconds=LONG)
+            self._socket = self._opened.enter_context(socket.create_connection(("127.0.0.1", int(port)), LONG))
             self._stream = self._opened.enter_context(self._socket.makefile("rb"))
             self._receive()
             self.command("NewSession")
@@ -174,7 +176,7 @@ class WebKit(Driven):
         port = free_port()
         software = {"LIBGL_ALWAYS_SOFTWARE": "1", "WEBKIT_DISABLE_COMPOSITING_MODE": "1", "GDK_BACKEND": "x11"}
         self._start([driver, f"--port={port}", "--host=127.0.0.1"], profile, DISPLAY=display, **software)
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/session", timeout=2 * PATIENCE)
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/session", timeout=LONG)
         self._session = ""
         try:
             until(self._answers, "WebKitWebDriver is up")
