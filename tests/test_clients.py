@@ -2,8 +2,10 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
+import threading
 from contextlib import contextmanager
 
 import httpx
@@ -13,7 +15,7 @@ from httpx_sse import connect_sse
 from outages import Proxy
 from programs import program
 from relay import Relay
-from servers import until
+from servers import PATIENCE, until
 
 from tornado_relay.visit import NO_HISTORY
 
@@ -96,17 +98,21 @@ def test_requests(relay, broker, channel):
 
 @contextmanager
 def node_client(folder, package, code, url):
-    """Run ``code``, which prints a line of JSON for each thing that it gets; yields what reads the next one."""
+    """Run ``code``, which prints lines of JSON, and yield a function that returns the next of them."""
     node, npm = program("node"), program("npm")
     subprocess.run(
         [npm, "install", "--silent", "--no-audit", "--no-fund", package], cwd=folder, check=True, timeout=180
     )
     (folder / "client.mjs").write_text(code)
     client = subprocess.Popen([node, "client.mjs", url], cwd=folder, stdout=subprocess.PIPE, text=True)
+    lines = queue.Queue()
+    reader = threading.Thread(target=lambda: [lines.put(line) for line in client.stdout])
+    reader.start()
     try:
-        yield lambda: json.loads(client.stdout.readline())
+        yield lambda: json.loads(lines.get(timeout=3 * PATIENCE))
     finally:
         client.kill()
+        reader.join()
         client.communicate()
 
 
