@@ -301,6 +301,41 @@ def test_page_that_is_loaded_again_goes_on(kept, running, tab, site, channel):
     until(lambda: data(page) == ["2"], "what came meanwhile")
 
 
+@pytest.fixture
+def fresh(postgres_server, channel, tmp_path):
+    """A history in which nothing has been published."""
+    name = f"fresh_{channel.replace('-', '_')}"
+    postgres_server.execute(f"CREATE DATABASE {name}")
+    url = postgres_server.url.removesuffix("relay") + name
+    assert run("init-db", cwd=tmp_path, DATABASE_URL=url).returncode == 0
+    kept = Kept("postgres", postgres_server, url)
+    yield kept
+    kept.publisher.close()
+
+
+def test_fresh_history_is_a_position_like_any_other(fresh, running, tab, site, channel):
+    """Pages that were rendered at its position 0 share one connection, and one that is loaded again goes on from there."""
+    relay = running(fresh.environment)
+    until(lambda: "the history is at" in relay.log, "the history is set up")
+    zero = fresh.publisher.newest()
+    assert zero.endswith("-0")
+    meanwhile = []
+    site.answers["/meanwhile"] = lambda: (200, str([fresh.publish(channel, meanwhile.pop()) for _ in [*meanwhile]]))
+    before = "const asked = new XMLHttpRequest(); asked.open('GET', '/meanwhile', false); asked.send()"
+    first = tab(relay.url, f"/channel={channel}?last_event_id={zero}")
+    until(lambda: is_open(first), "the first is connected", seconds=40)
+    others = [
+        tab(relay.url, f"/channel={channel}?last_event_id={zero}"),
+        tab(relay.url, f"/channel={channel}", before=before),
+    ]
+    until(lambda: all(map(is_open, others)), "all are connected")
+    assert relay.log.count("stream opened") == 1
+    meanwhile.append("1")
+    others[1].reload()
+    until(lambda: all(data(each) == ["1"] for each in (first, *others)), "each has the event")
+    assert streams(relay) == 1
+
+
 def test_page_that_is_loaded_again_for_a_reset_begins_anew(kept_redis, running, tab, channel):
     """Or it would be told of the same loss again, and load for ever."""
     relay = running(kept_redis.environment)
