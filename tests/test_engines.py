@@ -1,4 +1,4 @@
-"""What each browser engine keeps of the promises: Chromium, Firefox and WebKit, with EventSource and with RelaySource."""
+"""EventSource and RelaySource keep the promises in Chromium, Firefox and WebKit."""
 
 import json
 import re
@@ -23,7 +23,8 @@ LISTEN = """
     const source = new %s(url, ...options)
     seen[name] = []
     states[name] = []
-    for (const type of ["message", "stream-reset"]) source.addEventListener(type, e => seen[name].push([e.type, e.data]))
+    const show = e => seen[name].push([e.type, e.data])
+    for (const type of ["message", "stream-reset"]) source.addEventListener(type, show)
     source.addEventListener("stream-position", e => { positions[name] = e.lastEventId })
     source.onopen = () => states[name].push("open")
     source.onerror = () => states[name].push(source.readyState == 2 ? "closed" : "away")
@@ -49,19 +50,27 @@ class Listener:
         return [text for kind, text in self.evaluate("seen")[channel] if kind == "message"]
 
     def resets(self, channel):
-        return [json.loads(text) for kind, text in self.evaluate("seen")[channel] if kind == "stream-reset"]
+        told = self.evaluate("seen")[channel]
+        return [json.loads(text) for kind, text in told if kind == "stream-reset"]
 
     def until_all_are(self, state):
-        until(lambda: all(told[-1:] == [state] for told in self.evaluate("states").values()), f"all are {state}", 40)
+        def all_are():
+            return all(told[-1:] == [state] for told in self.evaluate("states").values())
+
+        until(all_are, f"all are {state}", 40)
 
     def until_all_have(self, data):
-        until(lambda: all(self.data(name)[-1:] == [data] for name in self.channels), f"{data} is on all", 40)
+        def all_have():
+            return all(self.data(name)[-1:] == [data] for name in self.channels)
+
+        until(all_have, f"{data} is on all", 40)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request, tmp_path_factory):
     """A browser of each engine in turn, in which each test opens tabs of its own."""
-    browser = ENGINES[request.param](tmp_path_factory.mktemp(request.param) / "profile", "about:blank")
+    profile = tmp_path_factory.mktemp(request.param) / "profile"
+    browser = ENGINES[request.param](profile, "about:blank")
     yield browser
     browser.close()
 
@@ -102,7 +111,8 @@ class Cut:
         self.proxy.lead_to(self.relay.port)
         self.listener.until_all_are("away")
         for name in self.listener.channels:
-            until(lambda name=name: re.search(f"stream ended .* on {name}, ", self.relay.log), "the stream has ended")
+            end = re.compile(f"stream ended .* on {name}, ")
+            until(lambda end=end: end.search(self.relay.log), "the stream has ended")
         self.proxy.asked = b""
 
     def __exit__(self, *_):
@@ -111,7 +121,12 @@ class Cut:
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_nothing_is_lost_with_a_history(listen, client, kept_postgres, channel, tmp_path):
-    """What is published during a cut arrives once, without a reset: on a channel without an event before, after one, and after one with an id of its publisher's own."""
+    """
+    Each event that is published during a cut arrives once, without a reset.
+
+    That holds on a channel that has had no event before the cut, on one that has had one, and on
+    one whose last event had an id of its publisher's own.
+    """
     quiet, busy, own = channels = [f"{channel}-{name}" for name in ("quiet", "busy", "own")]
     with (
         Relay(tmp_path, "--workers", "1", **kept_postgres.environment) as relay,
@@ -121,7 +136,7 @@ def test_nothing_is_lost_with_a_history(listen, client, kept_postgres, channel, 
         listener.until_all_are("open")
         kept_postgres.publish(busy, "before")
         kept_postgres.publish(own, "before", id="7")
-        until(lambda: listener.data(busy) == listener.data(own) == ["before"], "the events before the cut")
+        until(lambda: listener.data(busy) == listener.data(own) == ["before"], "the first events")
         with Cut(relay, proxy, listener):
             for name in channels:
                 kept_postgres.publish(name, "meanwhile")
@@ -135,8 +150,8 @@ def test_nothing_is_lost_with_a_history(listen, client, kept_postgres, channel, 
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_position_moved_by_a_heartbeat_is_kept(listen, client, kept_redis, pages, channel, tmp_path):
-    """A quiet channel's page comes back to where the last heartbeat has moved it, and gets what it missed once."""
+def test_position_of_a_heartbeat_is_kept(listen, client, kept_redis, pages, channel, tmp_path):
+    """A page on a quiet channel comes back to the position that the last heartbeat told."""
     flags = ("--workers", "1", "--heartbeat", "1")
     with Relay(tmp_path, *flags, **kept_redis.environment) as relay, Proxy(relay.port) as proxy:
         listener = listen(client, relay, proxy, [channel])
@@ -153,19 +168,21 @@ def test_position_moved_by_a_heartbeat_is_kept(listen, client, kept_redis, pages
         assert newest.encode() in proxy.asked
         assert listener.data(channel) == ["meanwhile"]
         assert listener.resets(channel) == []
-        assert listener.evaluate("positions") == ({} if client == "RelaySource" else {channel: newest})
+        told = {} if client == "RelaySource" else {channel: newest}
+        assert listener.evaluate("positions") == told
 
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_each_page_is_told_without_a_history(listen, client, redis_server, channel, tmp_path):
-    """After a cut each page is told once that it may have missed something, whatever it had before, and goes on."""
+    """After a cut each page is told once that it may have missed something, and goes on."""
     quiet, busy, own = channels = [f"{channel}-{name}" for name in ("quiet", "busy", "own")]
-    with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay, Proxy(relay.port) as proxy:
+    environment = redis_server.environment
+    with Relay(tmp_path, "--workers", "1", **environment) as relay, Proxy(relay.port) as proxy:
         listener = listen(client, relay, proxy, channels, alone=True)
         listener.until_all_are("open")
         redis_server.publish(busy, "before")
         redis_server.publish(own, '{"data": "before", "id": "7"}')
-        until(lambda: listener.data(busy) == listener.data(own) == ["before"], "the events before the cut")
+        until(lambda: listener.data(busy) == listener.data(own) == ["before"], "the first events")
         with Cut(relay, proxy, listener):
             for name in channels:
                 redis_server.publish(name, "meanwhile")
@@ -180,13 +197,13 @@ def test_each_page_is_told_without_a_history(listen, client, redis_server, chann
 
 @pytest.mark.parametrize("credentials", [False, True])
 @pytest.mark.parametrize("client", CLIENTS)
-def test_page_of_another_origin_is_refused_for_good(tab, client, credentials, redis_server, channel, tmp_path, site):
-    """Its source is closed and sends no further request, also one that would send cookies."""
+def test_other_origin_is_refused_for_good(tab, client, credentials, redis_server, tmp_path, site):
+    """The source of a page whose origin may not connect is closed, also one that sends cookies."""
     flags = ("--workers", "1", "--allowed-origins", "https://shop.example")
     with Relay(tmp_path, *flags, **redis_server.environment) as relay, Proxy(relay.port) as proxy:
-        base = f"http://127.0.0.1:{proxy.port}"
-        listener = Listener(tab(site.url), client, relay.url, base, [channel], {"withCredentials": credentials})
+        base, options = f"http://127.0.0.1:{proxy.port}", {"withCredentials": credentials}
+        listener = Listener(tab(site.url), client, relay.url, base, ["news"], options)
         listener.until_all_are("closed")
-        assert listener.evaluate("states") == {channel: ["closed"]}
+        assert listener.evaluate("states") == {"news": ["closed"]}
         assert listener.evaluate("sources[0].readyState") == 2
         assert "stream opened" not in relay.log

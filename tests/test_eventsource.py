@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from tornado_relay.eventsource import Parser, Received
 
-# What a `retry:` may say, and the pause in milliseconds that is taken from it, if it is one: by each of our parsers.
+# Values of `retry:`, and the pause in milliseconds that each of our parsers takes from it. None
+# stands for a value that is ignored.
 RETRIES = [
     ("1500", 1500),
     ("0001500", 1500),

@@ -314,7 +314,7 @@ def fresh(postgres_server, channel, tmp_path):
 
 
 def test_fresh_history_is_a_position_like_any_other(fresh, running, tab, site, channel):
-    """Pages that were rendered at its position 0 share one connection, and one that is loaded again goes on from there."""
+    """Pages at its position 0 share a connection, and go on from there after a reload."""
     relay = running(fresh.environment)
     until(lambda: "the history is at" in relay.log, "the history is set up")
     zero = fresh.publisher.newest()

@@ -1,4 +1,4 @@
-"""Firefox and WebKit without a window, driven by WebDriver: Firefox over Marionette's socket, WebKit over HTTP."""
+"""Firefox and WebKit, driven by WebDriver: over Marionette's socket, and over HTTP."""
 
 import json
 import os
@@ -13,11 +13,17 @@ import httpx
 from programs import program
 from servers import PATIENCE, free_port, until
 
-# The page's own eval sees its top-level constants; a script of WebDriver's is a function beside them.
+# The page's own eval sees its top-level constants, which a script of WebDriver's may not see.
 EVALUATE = """
   const [expression, done] = arguments
-  Promise.resolve().then(() => window.eval(expression)).then(value => done({ value }), error => done({ error: `${error}` }))
+  Promise.resolve()
+    .then(() => window.eval(expression))
+    .then(value => done({ value }), error => done({ error: `${error}` }))
 """
+FOLDERS = ("HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
+NO_SESSION_BUS = {"DBUS_SESSION_BUS_ADDRESS": "disabled:", "NO_AT_BRIDGE": "1"}
+# WebKit draws on a display without a graphics card.
+SOFTWARE = {"LIBGL_ALWAYS_SOFTWARE": "1", "WEBKIT_DISABLE_COMPOSITING_MODE": "1"}
 # Seconds for one command: a browser may be slow to start.
 LONG = 3 * PATIENCE
 # Firefox asks its makers for nothing, shows no first page, and takes a free port for Marionette.
@@ -49,7 +55,11 @@ class Tab:
         self._handle = handle
 
     def evaluate(self, expression):
-        """Return the value of a JavaScript expression in the page, which may be a promise; None if the page is just left."""
+        """
+        Return the value of a JavaScript expression in the page, which may be a promise.
+
+        It is None if the page is just left.
+        """
         try:
             answer = self._command("ExecuteAsyncScript", script=EVALUATE, args=[expression])
         except DriverError:
@@ -87,11 +97,11 @@ class Driven(Tab):
 
     def _start(self, command, home, **more):
         """Start a program that writes only below ``home`` and starts no session bus."""
-        folders = dict.fromkeys(("HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), home)
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        variables = dict.fromkeys(FOLDERS, home) | NO_SESSION_BUS | more
         self.process = subprocess.Popen(
             command,
-            env=os.environ | folders | {"DBUS_SESSION_BUS_ADDRESS": "disabled:", "NO_AT_BRIDGE": "1"} | more,
+            env=os.environ | variables,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -108,15 +118,16 @@ class Firefox(Driven):
     def __init__(self, profile, url):
         binary = program("firefox-esr", "firefox")
         profile.mkdir()
-        lines = (f"user_pref({json.dumps(name)}, {json.dumps(value)});\n" for name, value in PREFERENCES.items())
+        lines = [f'user_pref("{name}", {json.dumps(value)});\n' for name, value in PREFERENCES.items()]
         (profile / "user.js").write_text("".join(lines))
         command = [binary, "--headless", "--no-remote", "--marionette", "--profile", profile]
         self._opened = ExitStack()
         self._start(command, profile / "home", MOZ_CRASHREPORTER_DISABLE="1")
         try:
             port_file = profile / "MarionetteActivePort"
-            port = until(lambda: port_file.exists() and port_file.read_text(), "Firefox is up", seconds=LONG)
-            self._socket = self._opened.enter_context(socket.create_connection(("127.0.0.1", int(port)), LONG))
+            port = until(lambda: port_file.exists() and port_file.read_text(), "it is up", LONG)
+            connection = socket.create_connection(("127.0.0.1", int(port)), LONG)
+            self._socket = self._opened.enter_context(connection)
             self._stream = self._opened.enter_context(self._socket.makefile("rb"))
             self._receive()
             self.command("NewSession")
@@ -131,7 +142,8 @@ class Firefox(Driven):
         _, _, error, result = self._receive()
         if error:
             raise DriverError(error["error"], error["message"])
-        return result["value"] if isinstance(result, dict) and result.keys() == {"value"} else result
+        is_wrapped = isinstance(result, dict) and result.keys() == {"value"}
+        return result["value"] if is_wrapped else result
 
     def close(self):
         self._opened.close()
@@ -162,7 +174,8 @@ class WebKit(Driven):
     METHODS: ClassVar = {"GetWindowHandle": "GET", "CloseWindow": "DELETE"}
 
     def __init__(self, profile, url):
-        driver, server, browser = program("WebKitWebDriver"), program("Xvfb"), program(*minibrowsers())
+        driver, server = program("WebKitWebDriver"), program("Xvfb")
+        browser = program(*minibrowsers())
         reader, writer = os.pipe()
         self._display = subprocess.Popen(
             [server, "-displayfd", str(writer), "-nolisten", "tcp"],
@@ -174,14 +187,15 @@ class WebKit(Driven):
         with os.fdopen(reader) as told:
             display = f":{told.readline().strip()}"
         port = free_port()
-        software = {"LIBGL_ALWAYS_SOFTWARE": "1", "WEBKIT_DISABLE_COMPOSITING_MODE": "1", "GDK_BACKEND": "x11"}
-        self._start([driver, f"--port={port}", "--host=127.0.0.1"], profile, DISPLAY=display, **software)
+        command = [driver, f"--port={port}", "--host=127.0.0.1"]
+        self._start(command, profile, DISPLAY=display, GDK_BACKEND="x11", **SOFTWARE)
         self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/session", timeout=LONG)
         self._session = ""
         try:
             until(self._answers, "WebKitWebDriver is up")
             options = {"binary": browser, "args": ["--automation"]}
-            made = self.command("NewSession", capabilities={"alwaysMatch": {"webkitgtk:browserOptions": options}})
+            wanted = {"alwaysMatch": {"webkitgtk:browserOptions": options}}
+            made = self.command("NewSession", capabilities=wanted)
             self._session = f"/{made['sessionId']}"
             self._begin(url)
         except BaseException:
@@ -191,7 +205,8 @@ class WebKit(Driven):
     def command(self, name, **parameters):
         method = self.METHODS.get(name, "POST")
         content = {"json": parameters} if method == "POST" else {}
-        value = self._client.request(method, self._session + self.PATHS[name], **content).json()["value"]
+        answer = self._client.request(method, self._session + self.PATHS[name], **content)
+        value = answer.json()["value"]
         if isinstance(value, dict) and "error" in value and "message" in value:
             raise DriverError(value["error"], value["message"])
         return value
@@ -211,5 +226,6 @@ class WebKit(Driven):
 
 def minibrowsers():
     """Return where Debian and others have WebKit's browser, which is on no PATH."""
-    places = ("*/webkit2gtk-4.*/MiniBrowser", "webkit2gtk-4.*/MiniBrowser")
-    return ["MiniBrowser", *(str(path) for place in places for path in Path("/usr/lib").glob(place))]
+    folder = Path("/usr/lib")
+    patterns = ("*/webkit2gtk-4.*/MiniBrowser", "webkit2gtk-4.*/MiniBrowser")
+    return ["MiniBrowser", *(str(path) for pattern in patterns for path in folder.glob(pattern))]

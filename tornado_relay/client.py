@@ -22,7 +22,7 @@ _SPACES = re.compile(rb" ([^\w\s]+) |(?<=,) ")
 
 
 class ClientHandler(RelayHandler):
-    """Serves one file; scripts without their comments and most spaces, compressed where the client takes that."""
+    """Serves one file: scripts without comments and most spaces, compressed on request."""
 
     def initialize(self, relay: Relay, name: str) -> None:  # type: ignore[override]
         """Take what the route gives: one of `FILES`."""
