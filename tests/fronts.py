@@ -8,6 +8,8 @@ from programs import program
 from relay import ROOT, environment
 from servers import PATIENCE, accepts, free_port, until
 
+from tornado_relay.events import OF_THE_STREAM
+
 DOCS = ROOT / "docs/proxies"
 FILES = {"nginx": "nginx.conf", "caddy": "Caddyfile", "haproxy": "haproxy.cfg"}
 NAME = "events.example.com"
@@ -144,9 +146,14 @@ class Visit:
             return self.process.stdout.read().decode()
 
     def next(self, kind=b"data: "):
-        """Return the rest of the next line that begins with ``kind``."""
+        """Return the rest of the next line that begins with ``kind``; no data that tells the position."""
+        event = ""
         while line := self.process.stdout.readline():
-            if line.startswith(kind):
+            if line.startswith(b"event: "):
+                event = line[7:].decode().strip()
+            elif not line.strip():
+                event = ""
+            if line.startswith(kind) and not (kind == b"data: " and event in OF_THE_STREAM):
                 return line[len(kind) :].decode().rstrip("\n")
         raise AssertionError(f"the stream ended: {self.head}")
 

@@ -27,6 +27,8 @@ class Proxy:
         self.flowing.set()
         # Set once something is held back.
         self.holds = threading.Event()
+        # The last that clients have sent.
+        self.asked = b""
         # Bytes, in both directions.
         self.forwarded = 0
         self.server = socket.create_server(("127.0.0.1", 0))
@@ -102,6 +104,8 @@ class Proxy:
                 if not self.flowing.is_set() and (not self.slow or (answers and is_slow.is_set())):
                     self.holds.set()
                     self.flowing.wait()
+                if not answers:
+                    self.asked = (self.asked + data)[-65536:]
                 sink.sendall(data)
                 self.forwarded += len(data)
             sink.shutdown(socket.SHUT_WR)

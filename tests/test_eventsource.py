@@ -6,6 +6,27 @@ from hypothesis import strategies as st
 
 from tornado_relay.eventsource import Parser, Received
 
+# Values of `retry:`, and the pause in milliseconds that each of our parsers takes from it. None
+# stands for a value that is ignored.
+RETRIES = [
+    ("1500", 1500),
+    ("0001500", 1500),
+    ("999999999", 999_999_999),
+    ("1000000000", None),
+    ("0", None),
+    ("9" * 15, None),
+    ("9" * 5000, None),
+    ("0" * 5000, None),
+    ("1.5", None),
+    ("-1", None),
+    ("+1", None),
+    ("1e3", None),
+    ("0x10", None),
+    ("٣", None),
+    ("", None),
+    ("x", None),
+]
+
 
 def read(text):
     return list(Parser().feed(text))
@@ -34,14 +55,12 @@ def test_standards_examples(text, expected):
     assert [(event.event, event.data, event.id) for event in read(text)] == expected
 
 
-def test_retry_takes_ascii_digits_only():
-    """Any other value is ignored."""
+@pytest.mark.parametrize(("value", "pause"), RETRIES)
+def test_retry_of_any_length(value, pause):
+    """Only up to nine ASCII digits are taken; the stream goes on after any other value."""
     parser = Parser()
-    for value in ("1.5", "-1", "٣", "", "x"):
-        list(parser.feed(f"retry: {value}\n"))
-        assert parser.retry is None
-    list(parser.feed("retry: 1500\n"))
-    assert parser.retry == 1500
+    assert list(parser.feed(f"retry: {value}\ndata: on\n\n")) == [Received("message", "on", "")]
+    assert (parser.retry or None) == pause
 
 
 @given(st.lists(st.integers(0, 40)))

@@ -144,8 +144,25 @@ async def test_page_of_another_origin_gets_403(fetch, path, origin, relay):
     """Whatever it asks for, and before anything is subscribed to."""
     answer = await fetch(path, headers={"Origin": origin})
     assert answer.code == 403
-    assert "Access-Control-Allow-Origin" not in answer.headers
+    # Its page may read that it is refused, by which relay.js gives up, and nothing else.
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert "Access-Control-Allow-Credentials" not in answer.headers
+    assert answer.body == b"pages of this origin may not connect; see ALLOWED_ORIGINS\n"
     assert len(relay.hub) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "method"), [("/channel=" + "x" * 201, "GET"), ("/channel=x", "PUT"), ("/a/b", "POST")]
+)
+@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+@pytest.mark.gen_test
+async def test_page_of_another_origin_reads_no_other_error(fetch, path, method, origin):
+    """Whatever else is wrong with its request, it reads nothing but the refusal of its origin."""
+    body = None if method == "GET" else "x"
+    answer = await fetch(path, headers={"Origin": origin}, method=method, body=body)
+    assert answer.code >= 400
+    if "Access-Control-Allow-Origin" in answer.headers:
+        assert answer.body.startswith(b"pages of this origin")
 
 
 @pytest.mark.gen_test

@@ -7,6 +7,7 @@ import signal
 import pytest
 from relay import Relay
 from servers import until
+from test_eventsource import RETRIES
 
 TOKEN = "p" * 40
 
@@ -20,9 +21,10 @@ class Inspector:
     def text(self, element):
         return self.evaluate(f"document.getElementById('{element}')?.textContent")
 
-    def rows(self):
-        """Event, id, bytes, time that it took, and data, newest first."""
-        cells = "[...document.querySelectorAll('#rows tr')].map(row => [...row.cells].slice(1).map(c => c.textContent))"
+    def rows(self, kind="tr:not(.stream)"):
+        """Event, id, bytes, time, and data, newest first; without the events of the position."""
+        rows = f"[...document.querySelectorAll('#rows {kind}')]"
+        cells = f"{rows}.map(row => [...row.cells].slice(1).map(c => c.textContent))"
         return json.loads(self.evaluate(f"JSON.stringify({cells})"))
 
     def data(self):
@@ -77,6 +79,43 @@ def test_events_of_every_type_are_shown(broker, tmp_path, inspect):
             until(lambda number=number: len(page.rows()) == number, f"event {number}")
             assert page.rows()[0] == shown
         assert (page.text("events"), page.text("bytes"), page.text("last")) == ("5", "33 B", "9")
+
+
+def test_positions_are_shown_and_not_counted(kept, channel, tmp_path, inspect):
+    """The events that tell a position have rows with an explanation, and do not count."""
+    with Relay(tmp_path, "--workers", "1", "--debug", **kept.environment) as relay:
+        page = inspect(relay, channel)
+        until(lambda: page.rows("tr.stream"), "the row of the opening")
+        ((name, first, *_, data),) = page.rows("tr.stream")
+        assert name == "stream-open"
+        assert json.loads(data.partition("}")[0] + "}") == {"id": first, "resumed": False}
+        assert data.endswith("Its events follow behind this position.")
+        page.click("pause")
+        kept.publish(channel, "hello", id="own")
+        until(lambda: page.text("events") == "1", "the event")
+        assert page.text("shown") == "Newest first: 0 of 1, 1 since the pause"
+        page.click("pause")
+        until(lambda: len(page.rows("tr")) == 3, "all rows")
+        (moved, event, opened) = page.rows("tr")
+        assert (moved[0], event[0], opened[0]) == ("stream-position", "message", "stream-open")
+        assert (event[1], moved[1]) == ("own", page.text("last"))
+        assert moved[1] != first
+        assert page.text("shown") == "Newest first: 1 of 1"
+        assert (page.text("events"), page.text("bytes")) == ("1", "5 B")
+        page.click("clear")
+        until(lambda: not page.rows("tr"), "all is cleared")
+        kept.publish(channel, "constructor", event="constructor")
+        until(lambda: page.text("events") == "1", "an event with the name of what objects have")
+
+
+def test_retry_of_any_length(redis_server, tmp_path, inspect):
+    """No pause is so long that the page's timer would overflow and fire at once."""
+    with Relay(tmp_path, "--workers", "1", "--debug", **redis_server.environment) as relay:
+        page = inspect(relay)
+        for value, pause in RETRIES:
+            text = json.dumps(f"retry: {value}\n")
+            page.evaluate(f"retry = 1234; new Parser().feed({text}, () => {{}})")
+            assert page.evaluate("retry") == (pause or 1234)
 
 
 def test_lost_connection_is_said_and_explained(broker, tmp_path, inspect):

@@ -14,6 +14,7 @@ from conftest import Kept
 from programs import program
 from relay import ROOT, Relay, run
 from servers import PATIENCE, accepts, free_port, until
+from test_eventsource import RETRIES
 from test_readme import block
 
 from tornado_relay import subscribe_token
@@ -300,6 +301,41 @@ def test_page_that_is_loaded_again_goes_on(kept, running, tab, site, channel):
     until(lambda: data(page) == ["2"], "what came meanwhile")
 
 
+@pytest.fixture
+def fresh(postgres_server, channel, tmp_path):
+    """A history in which nothing has been published."""
+    name = f"fresh_{channel.replace('-', '_')}"
+    postgres_server.execute(f"CREATE DATABASE {name}")
+    url = postgres_server.url.removesuffix("relay") + name
+    assert run("init-db", cwd=tmp_path, DATABASE_URL=url).returncode == 0
+    kept = Kept("postgres", postgres_server, url)
+    yield kept
+    kept.publisher.close()
+
+
+def test_fresh_history_is_a_position_like_any_other(fresh, running, tab, site, channel):
+    """Pages at its position 0 share a connection, and go on from there after a reload."""
+    relay = running(fresh.environment)
+    until(lambda: "the history is at" in relay.log, "the history is set up")
+    zero = fresh.publisher.newest()
+    assert zero.endswith("-0")
+    meanwhile = []
+    site.answers["/meanwhile"] = lambda: (200, str([fresh.publish(channel, meanwhile.pop()) for _ in [*meanwhile]]))
+    before = "const asked = new XMLHttpRequest(); asked.open('GET', '/meanwhile', false); asked.send()"
+    first = tab(relay.url, f"/channel={channel}?last_event_id={zero}")
+    until(lambda: is_open(first), "the first is connected", seconds=40)
+    others = [
+        tab(relay.url, f"/channel={channel}?last_event_id={zero}"),
+        tab(relay.url, f"/channel={channel}", before=before),
+    ]
+    until(lambda: all(map(is_open, others)), "all are connected")
+    assert relay.log.count("stream opened") == 1
+    meanwhile.append("1")
+    others[1].reload()
+    until(lambda: all(data(each) == ["1"] for each in (first, *others)), "each has the event")
+    assert streams(relay) == 1
+
+
 def test_page_that_is_loaded_again_for_a_reset_begins_anew(kept_redis, running, tab, channel):
     """Or it would be told of the same loss again, and load for ever."""
     relay = running(kept_redis.environment)
@@ -464,6 +500,32 @@ def test_retry_of_nothing(kept_redis, running, tab, channel):
     until(lambda: states(page) == ["open", "away", "open"], "it is back", seconds=40)
 
 
+def test_retry_of_any_length(kept_redis, running, tab):
+    """A pause of thousands of digits is none, and the stream goes on."""
+    relay = running(kept_redis.environment)
+    streams = [
+        BEGIN + f"retry: {value}\n\nchannel: {number}\ndata: on\n\n" for number, (value, _) in enumerate(RETRIES)
+    ]
+    before = f"""
+      window.streams = {json.dumps(streams)}
+      fetch = async url => new Response(new ReadableStream({{
+        start(pieces) {{ pieces.enqueue(new TextEncoder().encode(streams[+new URL(url).searchParams.get("channel")])) }}
+      }}))
+    """
+    page = tab(relay.url, "/channel=0?last_event_id=own", before=before)
+    until(lambda: data(page) == ["on"], "the first is read", seconds=40)
+    # An id of the page's own shares no connection.
+    page.evaluate(f"""void (window.got = streams.map((_, number) => {{
+      const source = new RelaySource(`{relay.url}/channel=${{number}}?last_event_id=own`)
+      const one = {{ source, data: [] }}
+      source.onmessage = e => one.data.push(e.data)
+      return one
+    }}))""")
+    until(lambda: page.evaluate("got.every(one => one.data[0] == 'on')"), "all are read")
+    pauses = page.evaluate("got.map(one => [...one.source._line.streams][0].retry)")
+    assert pauses == [pause or 3000 for _, pause in RETRIES]
+
+
 def test_module(kept_redis, running, browser, site, channel):
     """relay.mjs exports what the script sets."""
     relay = running(kept_redis.environment)
@@ -488,7 +550,10 @@ def test_script_of_the_readme(kept_redis, running, browser, site):
 
 
 # Of a stream: how it begins, and events with every line end, in one of which a character has four bytes.
-BEGIN = ": sse-relay-server\nretry: 3000\nheartbeat: 15\nfolds: 0\nid: none\n\n"
+BEGIN = (
+    ": sse-relay-server\nretry: 3000\nheartbeat: 15\nfolds: 0\n"
+    'id: none\nevent: stream-open\ndata: {"id":"none","resumed":false}\n\n'
+)
 BLOCKS = (
     "channel: {0}\rdata: a\rdata: b\r\rchannel: {0}\r\ndata: 🎉\r\nevent: named\r\n\r\n:\n\nchannel: {0}\ndata:c\n\n"
 )

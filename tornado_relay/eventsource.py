@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import http.client
+import re
 import socket
 import time
 from collections import deque
@@ -17,6 +18,9 @@ from urllib.parse import quote, urlsplit
 
 from . import events
 from .errors import BrokerUnavailable, RelayError
+
+# Milliseconds. More digits are ignored: neither int() nor sleep() takes a number of any size.
+_RETRY = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Parser:
             self._data.append(value)
         elif name == "id" and "\0" not in value:
             self._id = value
-        elif name == "retry" and value.isascii() and value.isdigit():
+        elif name == "retry" and _RETRY.fullmatch(value):
             self.retry = int(value)
         return None
 

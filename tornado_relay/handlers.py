@@ -19,6 +19,9 @@ from .relay import Relay
 
 log = logging.getLogger(__name__)
 
+# Why a page of another origin is refused.
+ORIGIN = "origin"
+
 STATIC = Path(__file__).parent / "static"
 
 
@@ -40,7 +43,7 @@ class RelayHandler(RequestHandler):
 
     def prepare(self) -> None:
         if not self.relay.origins.admits(self.origin):
-            raise Refusal(403, "origin", "pages of this origin may not connect; see ALLOWED_ORIGINS")
+            raise Refusal(403, ORIGIN, "pages of this origin may not connect; see ALLOWED_ORIGINS")
         self._allow_origin()
 
     def _allow_origin(self) -> None:
@@ -73,6 +76,9 @@ class RelayHandler(RequestHandler):
         if self.relay.origins.admits(self.origin):  # or else a page could not read it
             self._allow_origin()
         error = kwargs.get("exc_info", (None, None))[1]
+        if isinstance(error, Refusal) and error.refused_for == ORIGIN:
+            # relay.js tells by it that the refusal is final; it says nothing else about anybody.
+            self.set_header("Access-Control-Allow-Origin", "*")
         return error.log_message % error.args if isinstance(error, HTTPError) and error.log_message else self._reason
 
     def answer_and_close(self, data: bytes) -> None:

@@ -20,7 +20,8 @@ export interface StreamReset {
  * whatever channels they are; each source gets the events of its own.
  *
  * It comes back after any error but a refusal for good (400, 403, and 401 without `token`), goes on behind the last event
- * that it got, also after a reload of the page, and is closed by an event `STOP`.
+ * that it got, also after a reload of the page, and is closed by an event `STOP`. It reads the relay's events `stream-open`
+ * and `stream-position` itself: no listener gets them.
  */
 export class RelaySource extends EventTarget {
   static readonly CONNECTING: 0

@@ -18,10 +18,10 @@
   const backoff = (failures, ms = 1000) => Math.min(MAX_WAIT, ms * 2 ** failures) * (0.5 + Math.random() / 2)
   const lower = name => name.replace(/[A-Z]/g, letter => letter.toLowerCase())
 
-  // Where `id` is in the history, if it is one of the relay's own.
+  // Where `id` is in the history, if it is one of the relay's own. A fresh history is at 0, which is a number like any other.
   function place(id) {
     const [, span, n] = /^([0-9a-f]{8})-(\d+)$/.exec(id) ?? []
-    return { at: id, span, n: +n || undefined }
+    return { at: id, span, n: n && +n }
   }
 
   class RelaySource extends EventTarget {
@@ -41,7 +41,7 @@
       const _want = { id: Math.random(), channels, token: searchParams.get("token"), ...place(at) }
       Object.assign(this, { url: href, withCredentials, readyState: 0, _origin: origin, _want, _saved, _refresh: token, _failures: 0 })
       // A place that cannot be compared with others' is nothing to share.
-      const shared = navigator.locks && self.BroadcastChannel && (!at || _want.n)
+      const shared = navigator.locks && self.BroadcastChannel && (!at || _want.span)
       this._line = (shared && lines[key]) || new Line(key, base, withCredentials, shared)
       if (shared) lines[key] = this._line
       // Scripts of the page that listen are there by then.
@@ -72,11 +72,11 @@
       const want = this._want
       if (this.readyState == 2 || n < want.n) return
       if (type) {
-        if (n == want.n && n) return
+        if (n == want.n && want.span) return
         if (!want.channels.some(name => channels.includes(name) || (folds && channels.includes(lower(name))))) return
       }
-      if (restart) want.n = 0
-      if (n) want.n = n
+      if (restart) want.n = want.span = undefined
+      want.n = n ?? want.n
       if (at) Object.assign(want, place(at))
       if (!type) return
       this._fire(new MessageEvent(type, { data, lastEventId: id ?? want.at ?? "", origin: this._origin }))
@@ -134,11 +134,11 @@
       this.say({ want: source._want })
     }
 
-    drop({ _want: { id, at, n }, _saved }) {
+    drop({ _want: { id, at, span }, _saved }) {
       if (!this.sources.delete(id)) return
       this.say({ drop: id })
       try {
-        sessionStorage[_saved] = n ? at : ""
+        sessionStorage[_saved] = span ? at : ""
       } catch {}
     }
 
@@ -229,7 +229,7 @@
 
     // Whether `want` loses nothing if it joins what is open.
     covers(want) {
-      return this.up && want.channels.every(name => this.asked.includes(name)) && (want.n ? this.same(want) && want.n >= this.since : !want.at)
+      return this.up && want.channels.every(name => this.asked.includes(name)) && (want.span ? this.same(want) && want.n >= this.since : !want.at)
     }
 
     // Whether there may be a new connection for `want` too: without a history what comes meanwhile would be lost.
@@ -237,8 +237,8 @@
       return (!this.up || this.history) && this.same(want) && this.channels(want).length <= MAX_CHANNELS && this.address([...this.wants.values(), want]).length < MAX_LENGTH
     }
 
-    same({ n, span }) {
-      return !n || !this.n || span == this.span
+    same({ span }) {
+      return !span || !this.span || span == this.span
     }
 
     channels(...more) {
@@ -261,11 +261,11 @@
       this.wants.set(id, want)
       if (this.covers(want)) {
         line.say({ state: 1, to: [id] })
-        line.say({ events: n ? kept : [{ at: this.at, n: this.n }], to: [id] })
+        line.say({ events: span ? kept : [{ at: this.at, n: this.n }], to: [id] })
         return
       }
       // It goes on from the place that is furthest back.
-      if (at && (!this.at || !n || n < this.n)) Object.assign(this, { at, n, span })
+      if (at && (!this.at || !span || n < this.n)) Object.assign(this, { at, n, span })
       this.again = true
       this.cut?.abort()
       this.wake?.()
@@ -297,7 +297,9 @@
       Object.assign(this, { since, kept: [], asked: this.channels(), cut: new AbortController() })
       const ask = (wants, rest, method) => {
         const credentials = line.withCredentials ? "include" : "same-origin"
-        return fetch(this.address(wants, rest), { method, credentials, cache: "no-store", signal: this.cut.signal, headers: { Accept: "text/event-stream" } })
+        const asked = fetch(this.address(wants, rest), { method, credentials, cache: "no-store", signal: this.cut.signal, headers: { Accept: "text/event-stream" } })
+        // A request with credentials hides the 403 for the page's origin; this one shows it.
+        return line.withCredentials ? asked.catch(() => fetch(line.base + "healthz", { signal: this.cut.signal })) : asked
       }
       this.heard()
       const wants = [...this.wants.values()]
@@ -312,11 +314,10 @@
           this.again = true
         }
       const reader = body.pipeThrough(new TextDecoderStream()).getReader()
-      for (let rest = "", block = {}, afterCR; ; ) {
+      for (let rest = "", block = {}, found = [], afterCR; ; ) {
         const { value, done } = await reader.read()
         if (done) return
         this.heard()
-        const found = []
         const texts = (rest + (afterCR ? value.replace(/^\n/, "") : value)).split(/\r\n?|\n/)
         afterCR = value.endsWith("\r")
         rest = texts.pop()
@@ -326,7 +327,8 @@
           else if (name == "data") block.data = name in block ? block.data + "\n" + value : value
           else if (name != "id" || !value.includes("\0")) block[name] = value
         }
-        if (found.length) line.say({ events: found, to: [...this.wants.keys()] })
+        // A reset that belongs to the opening comes before it, and a page is to hear that it is open first.
+        if (this.up && found[0]) line.say({ events: found.splice(0), to: [...this.wants.keys()] })
       }
     }
 
@@ -337,25 +339,26 @@
     }
 
     block({ event, data, id, channel, seq, retry, heartbeat, folds }, found) {
-      if (+retry) this.retry = +retry
+      // A longer one is no pause that anybody means.
+      if (/^\d{1,9}$/.test(retry) && +retry) this.retry = +retry
       if (heartbeat) {
         Object.assign(this, { heartbeat, folds: +folds, history: id != "none", up: true, failures: 0 })
         this.line.say({ state: 1, to: [...this.wants.keys()] })
       }
-      // An id without an event is the place up to which there is all, as is an event's that has its number.
+      // The id of a stream-open or stream-position, which have no channel, is the place up to which there is all, as is that
+      // of an event that has its number. Pages are not given these two.
       const { at, n, span } = place(id)
       if (id && (!channel || n == seq)) {
         Object.assign(this, { at, n, span })
         this.since ??= n
       }
-      if ((id && !channel) || heartbeat) found.push({ at: this.at, n: this.n })
+      if (id && !channel) return void found.push({ at, n })
       if (data == null) return
-      const one = { type: event || "message", data, id, folds: this.folds, channels: [channel], n: +seq || undefined }
-      if (event == "stream-reset" && !channel) {
-        const { reason, channels } = JSON.parse(data)
-        Object.assign(one, { channels, restart: /^(history-lost|unknown-id)$/.test(reason) })
-        if (one.restart) Object.assign(this, { kept: [], since: undefined })
-      } else if (n == seq) one.at = at
+      // Without a channel it is a stream-reset.
+      const { reason, channels = [channel] } = channel ? {} : JSON.parse(data)
+      const restart = /^(history-lost|unknown-id)$/.test(reason)
+      if (restart) Object.assign(this, { kept: [], since: undefined })
+      const one = { type: event || "message", data, id, folds: this.folds, channels, restart, n: seq && +seq, at: n == seq && at }
       found.push(one)
       if (seq) this.kept.push(one)
       if (this.kept.length > KEPT) this.since = this.kept.shift().n
