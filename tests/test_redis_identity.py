@@ -31,9 +31,10 @@ def servers(home, channel):
 
 
 @contextmanager
-def relay_at(port, tmp_path):
-    with Relay(tmp_path, "--workers", "1", REDIS_URL=f"redis://127.0.0.1:{port}", RELAY_HISTORY="100") as relay:
-        until(lambda: "the history is at" in relay.log, "the history is there")
+def relay_at(port, tmp_path, workers=1):
+    environment = {"REDIS_URL": f"redis://127.0.0.1:{port}", "RELAY_HISTORY": "100"}
+    with Relay(tmp_path, "--workers", str(workers), **environment) as relay:
+        until(lambda: relay.log.count("the history is at") == workers, "the history is there")
         yield relay
 
 
@@ -97,12 +98,12 @@ def test_restart_that_loses_nothing_resets_nobody(servers, tmp_path, pages, chan
         assert server.client.lrange("sse-relay:spans", 0, -1) == spans
 
 
-def switch(proxy, server, relay):
+def switch(proxy, server, relay, workers=1):
     """Let the address lead to another server, and wait until the relay is there."""
-    connected = relay.log.count("Redis connected")
+    connected, told = relay.log.count("Redis connected"), relay.log.count("the broker has lost events")
     proxy.lead_to(server.port)
-    until(lambda: relay.log.count("Redis connected") > connected, "the relay is there", 40)
-    until(lambda: server.client.hget("sse-relay:history", "keep"), "the history is there")
+    until(lambda: relay.log.count("Redis connected") >= connected + workers, "the relay is there", 40)
+    until(lambda: relay.log.count("the broker has lost events") >= told + workers, "it has looked at the history", 40)
 
 
 def newest(pages, relay, channel, port):
@@ -117,12 +118,12 @@ def newest(pages, relay, channel, port):
 def test_servers_that_are_switched_back_and_forth_under_a_relay(servers, tmp_path, pages, channel, binary):
     """Neither restarts. Pages from before a switch are told of what the other server took, once."""
     a, b = servers(binary), servers(binary)
-    with Proxy(a.port) as proxy, relay_at(proxy.port, tmp_path) as relay:
+    with Proxy(a.port) as proxy, relay_at(proxy.port, tmp_path, 2) as relay:
         last = newest(pages, relay, channel, proxy.port)
         for number in range(2):
-            switch(proxy, b, relay)
+            switch(proxy, b, relay, 2)
             publish(proxy.port, channel, "lost")
-            switch(proxy, a, relay)
+            switch(proxy, a, relay, 2)
             told(pages, relay, channel, last)
             last = newest(pages, relay, channel, proxy.port)
             publish(proxy.port, channel, f"missed {number}")
@@ -179,10 +180,11 @@ def test_replica_that_takes_over_without_a_restart(servers, tmp_path, pages, cha
         got(pages, everything, "1", "2")
 
 
+@versions
 @pytest.mark.parametrize("how", ["one connection is lost", "the old server is demoted"])
-def test_connections_that_lead_to_two_servers(servers, tmp_path, pages, channel, how):
+def test_connections_that_lead_to_two_servers(servers, tmp_path, pages, channel, binary, how):
     """Only new connections lead to the other server: the relay and notify() leave the old one, and streams are told."""
-    a, b = servers(redis_binary), servers(redis_binary)
+    a, b = servers(binary), servers(binary)
     with (
         Proxy(a.port) as proxy,
         relay_at(proxy.port, tmp_path) as relay,

@@ -135,7 +135,9 @@ class RedisPublisher:
                 raise
             except redis.ResponseError as exc:
                 # The server has become a replica, and has done nothing of it. New connections may lead to its successor.
-                if "READONLY" not in str(exc) or left < _REDIRECTIONS - 1:
+                # Redis 6 has READONLY in the text only, if a script meets it.
+                is_replica = isinstance(exc, redis.exceptions.ReadOnlyError) or "READONLY" in str(exc)
+                if not is_replica or left < _REDIRECTIONS - 1:
                     raise
                 self._one.disconnect(inuse_connections=False)
         return None
