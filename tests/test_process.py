@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from servers import until
 
+from tornado_relay.counts import Ledger
+from tornado_relay.limits import Tally
 from tornado_relay.process import MAX_REPORT, Process, Report, died, fork
 
 LETTERS = "mülleröäü€🙂"
@@ -104,6 +106,19 @@ def test_fork_that_cannot_be_leaves_no_descriptor():
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     until(lambda: sorted(int(path.name) for path in descriptors.iterdir()) == opened, "as many as before")
+
+
+def test_memory_that_is_shared_cannot_be_cut_off():
+    """Whoever looked at what is no longer there would be ended by the kernel."""
+    process = fork(lambda *_: 0, [], 0)
+    os.waitpid(process.pid, 0)
+    tally, ledger = Tally(1), Ledger(1)
+    for descriptor in (process.pulse, tally.descriptor, ledger.descriptor):
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, 0)
+    process.close()
+    os.close(tally.descriptor)
+    os.close(ledger.descriptor)
 
 
 @pytest.mark.parametrize(

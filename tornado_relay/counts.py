@@ -6,6 +6,7 @@ which counts on in it: the sum over all rows never falls, and what a worker that
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import mmap
 import os
@@ -253,8 +254,9 @@ class Ledger:
 
     def __init__(self, rows: int, descriptor: int = -1, layout: str = "") -> None:
         if layout != LAYOUT:
-            descriptor = os.memfd_create("ledger")
+            descriptor = os.memfd_create("ledger", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, rows * _ROW * 8)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.descriptor = descriptor
         self.cells = memoryview(mmap.mmap(descriptor, rows * _ROW * 8)).cast("d")
         self._rows = rows

@@ -6,6 +6,7 @@ those of all, so there is no lock; the parent empties the row of a worker that h
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import ipaddress
 import mmap
@@ -50,9 +51,11 @@ class Tally:
     def __init__(self, rows: int, descriptor: int | None = None, taken: Collection[int] = ()) -> None:
         size = _KEY_BYTES + rows * _ROW * 4
         if descriptor is None:
-            self.descriptor = os.memfd_create("tally")
+            self.descriptor = os.memfd_create("tally", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.write(self.descriptor, secrets.token_bytes(_KEY_BYTES))
             os.ftruncate(self.descriptor, size)
+            # A process that cut it off would end all others that look at it (SIGBUS).
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         else:
             self.descriptor = descriptor
         memory = memoryview(mmap.mmap(self.descriptor, size))

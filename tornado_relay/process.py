@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import mmap
 import os
@@ -200,9 +201,10 @@ def fork(run: Run, close: Iterable[Callable[[], None]], drain_seconds: float, ro
 
     """
     with ExitStack() as undo:
-        pulse = os.memfd_create("pulse")
+        pulse = os.memfd_create("pulse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         undo.callback(os.close, pulse)
         os.ftruncate(pulse, 8)
+        fcntl.fcntl(pulse, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         pipe, write = os.pipe()
         undo.callback(os.close, pipe)
         undo.callback(os.close, write)
