@@ -26,6 +26,7 @@ class Page:
         self.socket.sendall("\r\n".join([*lines, "", ""]).encode())
         self.socket.setblocking(False)
         self.path = path
+        self.port = port
         self.head = b""
         self.status = None
         self.body = b""
