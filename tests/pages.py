@@ -116,7 +116,7 @@ class Pages:
             page.close()
         self.selector.close()
 
-    def open(self, port, paths, headers=None, seconds=20.0, **options):
+    def open(self, port, paths, headers=None, seconds=60.0, **options):
         """Open a stream for each path, and return them when all have their first bytes."""
         opened = []
         for path in paths:
@@ -144,7 +144,7 @@ class Pages:
             if page.closed:
                 self.selector.unregister(number)
 
-    def until(self, condition, what, seconds=20.0):
+    def until(self, condition, what, seconds=60.0):
         """Read until ``condition()`` holds."""
         end = time.monotonic() + patience(seconds)
         while not condition():
