@@ -165,7 +165,7 @@ def chosen(items, pick):
     return items[int(pick * len(items))] if items else None
 
 
-def read_until(fleets, condition, what, seconds, state=""):
+def read_until(fleets, condition, what, seconds, state=None):
     """Let the fleets read until ``condition()`` holds."""
     end = time.monotonic() + patience(seconds)
     while not condition():

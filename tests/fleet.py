@@ -105,7 +105,7 @@ class Fleet:
     def later(self, number):
         heapq.heappush(self.due, (time.monotonic() + random.uniform(*RECONNECT), number))
 
-    def until(self, condition, what, seconds=20.0):
+    def until(self, condition, what, seconds=60.0):
         end = time.monotonic() + patience(seconds)
         while not condition():
             assert time.monotonic() < end, f"not within {patience(seconds)} s: {what}"

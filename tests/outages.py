@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from contextlib import suppress
 
 
 def end_listeners(broker):
@@ -109,5 +110,7 @@ class Proxy:
                 sink.sendall(data)
                 self.forwarded += len(data)
             sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
+        except OSError:  # one of the two is gone, and the other one is to notice
+            for each in (source, sink):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)

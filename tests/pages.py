@@ -31,6 +31,7 @@ class Page:
         self.socket.sendall("\r\n".join([*lines, "", ""]).encode())
         self.socket.setblocking(False)
         self.path = path
+        self.port = port
         self.head = b""
         self.status = None
         self.body = b""
@@ -122,7 +123,7 @@ class Pages:
             page.close()
         self.selector.close()
 
-    def open(self, port, paths, headers=None, seconds=20.0, **options):
+    def open(self, port, paths, headers=None, seconds=60.0, **options):
         """Open a stream for each path, and return them when all have their first bytes."""
         opened = []
         for path in paths:
@@ -150,7 +151,7 @@ class Pages:
             if page.closed:
                 self.selector.unregister(number)
 
-    def until(self, condition, what, seconds=20.0):
+    def until(self, condition, what, seconds=60.0):
         """Read until ``condition()`` holds."""
         end = time.monotonic() + patience(seconds)
         while not condition():

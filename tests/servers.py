@@ -25,10 +25,11 @@ def patience(seconds):
     return seconds * SLOWNESS
 
 
+# What a process or an answer may take; conditions, which only take as long as they have to, may take more.
 PATIENCE = patience(20.0)
 
 
-def until(condition, what="", seconds=20.0):
+def until(condition, what="", seconds=60.0):
     """Poll until ``condition()`` is true, and return its value; fail by name after the `patience` for ``seconds``."""
     end = time.monotonic() + patience(seconds)
     while not (value := condition()):

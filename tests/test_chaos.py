@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import time
 from contextlib import ExitStack, contextmanager
 
@@ -112,21 +113,20 @@ def test_nothing_is_lost_in_chaos(server, tmp_path):
         read_until(fleets, lambda: not numbers.is_alive(), "all are published", 60)
         assert not chaos.errors, chaos.errors
 
-        def logs():
-            return [relay.log[-3000:] for relay in chaos.relays]
-
         history = history_of(server)
         for channel in CHANNELS:
             own = [data for name, data in history if name == channel]
             assert set(numbers.taken[channel]) <= set(own), "an event that the broker took is not kept"
         due = {stream: [data for name, data in history if name in channels_of(stream)] for stream in everybody}
-        read_until(
-            fleets, lambda: all(each.got[-1:] == due[each][-1:] for each in kept.streams), "the last event", 60, logs
-        )
+
+        def late():
+            return [stream for stream in kept.streams if stream.got[-1:] != due[stream][-1:]]
+
+        read_until(fleets, lambda: not late(), "the last event", 120, lambda: trouble(chaos, late()))
         for stream in kept.streams:
             assert stream.got == due[stream], difference(stream, due[stream])
             assert not stream.resets, (stream.path, stream.resets)
-        ends = publish_the_ends(numbers, fleets, live.streams, logs)
+        ends = publish_the_ends(numbers, fleets, live.streams, chaos)
         rank = {data: place for place, (_, data) in enumerate(history)}
         for stream in live.streams:
             for part in parts(stream):
@@ -143,24 +143,36 @@ def test_nothing_is_lost_in_chaos(server, tmp_path):
     print(f"{sum(each.connections for each in everybody)} connections, {numbers.unsure} events unsure")
 
 
-def publish_the_ends(numbers, fleets, streams, logs):
+def publish_the_ends(numbers, fleets, streams, chaos):
     """Publish a last event on each channel until all streams have had it, and return them by channel."""
     ends = {channel: f"end of {channel}" for channel in CHANNELS}
     taken = {channel: [*numbers.taken[channel]] for channel in CHANNELS}
     due = 0.0
 
+    def unended():
+        return [stream for stream in streams if any(ends[name] not in stream.got for name in channels_of(stream))]
+
     def ended():
         nonlocal due
-        late = {name for stream in streams for name in channels_of(stream) if ends[name] not in stream.got}
+        late = {name for stream in unended() for name in channels_of(stream) if ends[name] not in stream.got}
         if late and time.monotonic() > due:
             for channel in late:
                 numbers.publish(channel, ends[channel])
             due = time.monotonic() + 2
         return not late
 
-    read_until(fleets, ended, "the end", 60, logs)
+    read_until(fleets, ended, "the end", 120, lambda: trouble(chaos, unended()))
     numbers.taken = taken
     return ends
+
+
+def trouble(chaos, late):
+    """Return where the streams are that are late, and of what the relays have warned."""
+    said = [f"{each.path} on port {each.page.port}: {each.page.status}, closed {each.page.closed}" for each in late]
+    for relay in chaos.relays:
+        warnings = [line for line in relay.log.splitlines() if not re.search(" (INFO|DEBUG) ", line)]
+        said += [f"at port {relay.port}, with workers {relay.workers()}:", *warnings[-10:]]
+    return "\n".join(said)
 
 
 def difference(stream, due):

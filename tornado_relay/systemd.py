@@ -38,8 +38,13 @@ def given(environ: dict[str, str]) -> tuple[list[socket.socket], list[socket.soc
     if int(count) and len(names) != int(count):
         raise SettingsError(f"LISTEN_FDNAMES has {len(names)} names for {count} sockets (LISTEN_FDS)")
     public, admin = list[socket.socket](), list[socket.socket]()
-    for descriptor, name in enumerate(names[: int(count)], _FIRST):
-        (admin if name == ADMIN else public).append(_listener(descriptor))
+    try:
+        for descriptor, name in enumerate(names[: int(count)], _FIRST):
+            (admin if name == ADMIN else public).append(_listener(descriptor))
+    except SettingsError:
+        for listener in (*public, *admin):
+            listener.close()
+        raise
     return public, admin
 
 
@@ -50,10 +55,13 @@ def _listener(descriptor: int) -> socket.socket:
     except OSError as exc:
         raise SettingsError(f"{right}; descriptor {descriptor} is none: {exc.strerror}") from exc
     if listener.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
-        raise SettingsError(f"{right}; descriptor {descriptor} is of another family than TCP and Unix sockets")
-    if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise SettingsError(f"{right}; descriptor {descriptor} does not listen for connections")
-    return listener
+        wrong = "is of another family than TCP and Unix sockets"
+    elif listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        wrong = "does not listen for connections"
+    else:
+        return listener
+    listener.close()
+    raise SettingsError(f"{right}; descriptor {descriptor} {wrong}")
 
 
 def reads_stderr(environ: dict[str, str]) -> bool:
