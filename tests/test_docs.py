@@ -297,4 +297,5 @@ def test_quick_start(home, channel, tmp_path):
             curl.kill()
             curl.wait()
     received = re.findall(r"^(?:event|data): (.*)", (tmp_path / "stream").read_text(), re.MULTILINE)
-    assert received == ["greeting", "hello", "greeting", '{"from":"Python"}']
+    assert received[:2] == ["stream-open", '{"id":"none","resumed":false}']
+    assert received[2:] == ["greeting", "hello", "greeting", '{"from":"Python"}']
