@@ -20,6 +20,7 @@ from ...history.postgres import PostgresHistory
 from ..message import Message
 from ..subscriptions import Subscriptions
 from . import dsn, envelope
+from .large_payloads import LargePayloads
 from .publisher import notify_once
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,6 @@ ANSWER_TIMEOUT = 10.0
 PROBE_SECONDS = 10.0
 """A connection on which nothing came for this long is sent a NOTIFY of its own, and given as long as below."""
 PROBE_TIMEOUT = 5.0
-
-# Payloads that are read at a time.
-FETCH = 16
-_FETCH = "SELECT id, payload FROM sse_relay.event WHERE id = ANY(%s)"
 
 # A page of the history is read in the order of an index, and no more of it than is asked for; compiling such a query took
 # a hundred times as long as running it. A probe, a deletion or a span that a crash takes is made again, so none waits for
@@ -61,7 +58,6 @@ class PostgresListener:
     def __init__(self, url: str, on_messages: Callable[[list[Message], float], None]) -> None:
         self.subscriptions = Subscriptions()
         self._dsn = dsn.complete(url, "sse-relay-server")
-        self._on_messages = on_messages
         self._loop = IOLoop.current()
 
         self._connection: Any = None
@@ -78,10 +74,7 @@ class PostgresListener:
         self._queries: deque[tuple[str, Any, asyncio.Future[list[tuple[Any, ...]]]]] = deque()
         # Messages that come before all channels are listened to; None from then on. Streams are told of the gap first.
         self._early: list[Message] | None = None
-        # From the first message on whose payload has to be read from the history, all wait for it.
-        self._held: list[Message] = []
-        self._held_since = 0.0
-        self._fetching: asyncio.Task[None] | None = None
+        self._large = LargePayloads(self.query, on_messages)
         self._reads_history = False
         # The channel of the NOTIFYs to ourselves, and who waits for one.
         self._probe_channel = f"sse_relay_probe_{secrets.token_hex(8)}"
@@ -144,7 +137,7 @@ class PostgresListener:
             await self._send_all()
             on_up()
             early, self._early = self._early, None
-            self._dispatch(early)
+            self._large.pass_on(early, self._heard_at)
             await self._serve()
         except asyncio.TimeoutError as exc:
             raise BrokerUnavailable("no answer in time") from exc
@@ -182,10 +175,7 @@ class PostgresListener:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        self._held.clear()
-        if self._fetching:
-            self._fetching.cancel()
-            self._fetching = None
+        self._large.clear()
         while self._queries:
             _, _, future = self._queries.popleft()
             if not future.done():
@@ -354,43 +344,7 @@ class PostgresListener:
         if self._early is not None:
             self._early += messages
         else:
-            self._dispatch(messages)
-
-    def _dispatch(self, messages: list[Message]) -> None:
-        if self._held or any(message.payload is None for message in messages):
-            self._held_since = self._held_since if self._held else self._heard_at
-            self._held += messages
-            if self._fetching is None:
-                self._fetching = asyncio.create_task(self._fetch())
-        elif messages:
-            self._on_messages(messages, self._heard_at)
-
-    async def _fetch(self) -> None:
-        """Read the payloads that were too large for NOTIFY, each once for all its streams, and deliver what is held."""
-        try:
-            while self._held:
-                ready = list(self._held)
-                wanted = [message.seq for message in ready if message.payload is None][:FETCH]
-                if wanted:
-                    rows = dict(await self.query(_FETCH, (wanted,)))
-                    # Up to the first that was not asked for.
-                    end = next(
-                        (n for n, each in enumerate(ready) if each.payload is None and each.seq > wanted[-1]), None
-                    )
-                    ready = [
-                        each._replace(payload=rows.get(each.seq)) if each.payload is None else each
-                        for each in ready[:end]
-                    ]
-                del self._held[: len(ready)]
-                self._on_messages(ready, self._held_since)
-        except BrokerUnavailable:
-            pass  # `_serve` ends as well, and what is held is read from the history, or the streams are told
-        except BrokerError as exc:
-            log.error("large events cannot be read: %s", exc)
-            held, self._held = self._held, []
-            self._on_messages(held, self._held_since)
-        finally:
-            self._fetching = None
+            self._large.pass_on(messages, self._heard_at)
 
     def _watch(self, events: int) -> None:
         # While it connects, libpq may close its socket and open another with the same number.
