@@ -90,8 +90,11 @@ def test_worker_that_was_killed_is_missing_until_the_next_serves(redis_server, t
         (folder,) = folders(relay.relay.process.pid)
         for _ in range(2):  # the second time the next one waits for longer
             number, pid, _ = entry(relay.status(), 0)
+            # The parent must not be faster than we are.
+            relay.relay.signal(signal.SIGSTOP)
             os.kill(pid, signal.SIGKILL)
             until(lambda number=number: (number, "no answer") in relay.states(), "it is missed")
+            relay.relay.signal(signal.SIGCONT)
             until(lambda: relay.states() == BOTH, "the next one serves")
         told = relay.status()
         assert told["streams"] == second["streams"]
