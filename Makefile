@@ -31,7 +31,7 @@ fuzz: $(VENV)/test
 	@echo "To repeat this: make fuzz SEED=$(SEED) TIMES=$(TIMES)"
 	SSE_RELAY_FUZZ_SEED=$(SEED) SSE_RELAY_FUZZ_TIMES=$(TIMES) $(BIN)/pytest -n 2 tests/test_fuzz.py
 
-# Some ten minutes: so many rounds on each broker; in the tests it is a tenth of it.
+# Some ten minutes: this many rounds on each broker; the tests take 18.
 soak: ROUNDS ?= 120
 soak: $(VENV)/test
 	SSE_RELAY_SOAK_ROUNDS=$(ROUNDS) $(BIN)/pytest -s tests/test_soak.py

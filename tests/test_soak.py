@@ -13,8 +13,8 @@ from pages import Page, Pages
 from relay import run, watched
 from servers import PATIENCE, PostgresServer, RedisServer, patience, until
 
-# On each broker; `make soak` takes more. Seconds would be too few rounds to compare on a slow machine.
-ROUNDS = int(os.environ.get("SSE_RELAY_SOAK_ROUNDS", "12"))
+# On each broker; `make soak` takes more. Memory has its size after two restarts of the broker, in the eighth round.
+ROUNDS = int(os.environ.get("SSE_RELAY_SOAK_ROUNDS", "18"))
 CHANNELS = [f"soak-{number}" for number in range(20)]
 STEADY, CHURNING, BURST = 60, 150, 1500
 # A restart comes after so many rounds, and what it takes until all have come back may last so long.
