@@ -152,7 +152,24 @@ def test_redis_channel_that_acl_forbids_fails_alone(redis_server, tmp_path, page
         redis_server.publish(f"{channel}-2", "y")
         pages.until(lambda: page.events and second.events, "the events")
         assert (page.data, second.data) == (["x"], ["y"])
-        assert "Redis refused SUBSCRIBE forbidden" in relay.log
+        assert "Redis refused the channel forbidden: " in relay.log
+
+
+def test_refused_channels_are_logged_at_a_bounded_rate(redis_server, tmp_path, pages, channel):
+    """A visitor who makes up names that Redis refuses fills nobody's disk."""
+    redis_server.client.execute_command(
+        "ACL", "SETUSER", "limited", "on", ">pw", "resetchannels", f"&{channel}*", "+@all", "~*"
+    )
+    url = redis_server.url.replace("redis://", "redis://limited:pw@")
+    with Relay(tmp_path, "--workers", "1", REDIS_URL=url) as relay:
+        for number in range(20):
+            path = "/events?" + "&".join(f"channel=forbidden-{number}-{n}" for n in range(50))
+            (refused,) = pages.open(relay.port, [path])
+            pages.until(lambda: refused.closed, "the refusal")
+        assert relay.log.count("refused the channel") == 1
+        (page,) = pages.open(relay.port, [f"/channel={channel}"])
+        redis_server.publish(channel, "x")
+        pages.until(lambda: page.events, "the event")
 
 
 def test_redis_url_may_ask_for_protocol_3(redis_server, tmp_path, pages, channel):

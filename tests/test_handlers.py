@@ -258,7 +258,7 @@ async def test_stream_that_ends_is_forgotten(relay, base_url, http_client):
     for client in clients:
         client.close()
     await _until(lambda: len(relay.hub) == 0)
-    await _until(lambda: not relay.reader._subscriptions._holders)  # noqa: SLF001
+    await _until(lambda: not relay.reader._subscriptions._held)  # noqa: SLF001
 
 
 @pytest.mark.gen_test

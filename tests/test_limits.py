@@ -1,16 +1,21 @@
-"""How many streams there may be: as counts in shared memory, and on running relays."""
+"""How many streams and channels there may be: as counts in shared memory, and on running relays."""
 
 import os
+import re
 import signal
 
 import httpx
 import pytest
-from relay import Relay
+from outages import Proxy
+from pages import Page
+from programs import program
+from relay import COMMAND, Relay, watched
 from servers import until
 
 from tornado_relay.limits import Seats, Tally, network_of
 
 LOCAL = {"RELAY_TRUSTED_PROXIES": "127.0.0.1"}
+FLOOD = {"X-Forwarded-For": "6.6.6.6"}
 
 
 def test_limit_holds_over_all_rows():
@@ -128,3 +133,82 @@ def test_seats_of_a_worker_that_was_killed_are_free(redis_server, tmp_path, page
                 relay.signal(how)
             pages.until(lambda taken=taken: all(page.closed for page in taken), "they end")
         until(lambda: statuses(pages, relay, 1)[0], "a seat")
+
+
+def invented(number, count=100):
+    """The address of a stream on channels that nobody else knows."""
+    return "/events?" + "&".join(f"channel=invented-{number}-{n}" for n in range(count))
+
+
+def test_one_client_cannot_crowd_out_others_by_invented_channels(broker, tmp_path, pages, channel):
+    """It is refused softly; others' streams open and get their events meanwhile, and nothing is left."""
+    # With so few descriptors a worker may have 50,000 channels, and one client half of them.
+    narrow = (program("prlimit"), "--nofile=1024", COMMAND)
+    with watched(tmp_path, workers=1, command=narrow, **broker.environment, **LOCAL) as relay:
+        port = relay.relay.port
+
+        def channels():
+            return relay.metrics()["sse_relay_channels", "0"]
+
+        (good,) = pages.open(port, [f"/channel={channel}"], {"X-Forwarded-For": "1.1.1.1"})
+        flood = []
+        for number in range(10):
+            flood += pages.open(port, [invented(30 * number + n) for n in range(30)], FLOOD)
+            (other,) = pages.open(port, [f"/channel={channel}-{number}"], {"X-Forwarded-For": f"1.1.2.{number}"})
+            broker.publish(channel, f"good-{number}")
+            broker.publish(f"{channel}-{number}", f"other-{number}")
+            pages.until(lambda: good.data[-1:] == [f"good-{number}"], "the event on a channel that was there")
+            pages.until(lambda: other.data == [f"other-{number}"], "the event on a new channel")
+        assert good.data == [f"good-{number}" for number in range(10)]
+        refused = [page for page in flood if page.closed]
+        assert all(page.status == 200 and page.parser.retry for page in refused)
+        seen = relay.metrics()["sse_relay_refusals_total", "client-channels"]
+        assert seen == len(refused) >= 50
+        assert "streams are told to come back: 6.6.6.6 " in relay.relay.log
+        for page in flood:
+            if not page.closed:
+                pages.close(page)
+        until(lambda: channels() <= 11, "the invented channels are dropped", 60)
+        (back,) = pages.open(port, ["/channel=one-more"], FLOOD)
+        assert not back.closed
+
+
+def opened(relay):
+    """The clients of the streams, in the order in which they were opened."""
+    return re.findall(r"stream opened: (\S+) on", relay.log)
+
+
+def test_new_channels_of_others_do_not_wait_for_those_of_one_client(broker, tmp_path, pages, channel):
+    """If the broker is slow, a stream does not wait for 80 others of one client, with 100 channels each."""
+    with Proxy(broker.port) as proxy:
+        ((name, url),) = broker.environment.items()
+        environment = {name: url.replace(f":{broker.port}/", f":{proxy.port}/")}
+        with Relay(tmp_path, "--workers", "1", **environment, **LOCAL) as relay:
+            pages.open(relay.port, [f"/channel={channel}"], {"X-Forwarded-For": "1.1.1.1"})
+            proxy.freeze()
+            for number in range(80):
+                pages.add(Page(relay.port, invented(number), FLOOD))
+            late = pages.add(Page(relay.port, f"/channel={channel}-2", {"X-Forwarded-For": "1.1.1.2"}))
+            assert httpx.get(f"{relay.url}/healthz").status_code == 200  # it came after all of them
+            proxy.thaw()
+            pages.until(lambda: late.status, "the stream of another client opens")
+            until(lambda: "1.1.1.2" in opened(relay), "its line in the log")
+            before = opened(relay).index("1.1.1.2")
+            assert before < 60, f"{before} streams of one client were opened before"
+
+
+def test_history_is_read_while_new_channels_wait(kept_postgres, tmp_path, pages, channel):
+    """A stream that has its channel and asks the history does not wait for all channels of others."""
+    with Proxy(kept_postgres.server.port) as proxy:
+        url = kept_postgres.url.replace(f":{kept_postgres.server.port}/", f":{proxy.port}/")
+        environment = kept_postgres.environment | {"DATABASE_URL": url}
+        with Relay(tmp_path, "--workers", "1", **environment, **LOCAL) as relay:
+            pages.open(relay.port, [f"/channel={channel}"])
+            logged = len(kept_postgres.server.log)
+            proxy.freeze()
+            flood = [pages.add(Page(relay.port, invented(number), FLOOD)) for number in range(40)]
+            assert httpx.get(f"{relay.url}/healthz").status_code == 200
+            proxy.thaw()
+            pages.until(lambda: all(page.status for page in flood), "all are answered")
+            log = kept_postgres.server.log[logged:]
+            assert log.index("sse_relay.event") < log.rindex('LISTEN "invented-')

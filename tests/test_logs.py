@@ -1,6 +1,7 @@
 """What a running relay logs: who it is about, what happens to streams and requests, and no secret."""
 
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 from relay import COMMAND, Relay, environment, run
 from servers import PATIENCE, until
 
-from tornado_relay import subscribe_token
+from tornado_relay import logs, subscribe_token
+from tornado_relay.logs import Throttle
 
 SECRET = "the-secret-of-the-tokens-is-long-enough"
 
@@ -202,3 +204,21 @@ def test_terminal_gets_no_levels(redis_server, tmp_path):
     assert not done.stderr.startswith("<")
     with Relay(tmp_path, "--workers", "1", JOURNAL_STREAM="8:12345", **redis_server.environment) as relay:
         assert not re.search("^<", relay.log, re.MULTILINE)
+
+
+def test_lines_that_repeat_are_counted(monkeypatch, caplog):
+    """A throttle writes the first line, leaves out the others for its time, and then counts them."""
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    throttle = Throttle(logging.getLogger("test"))
+    for _ in range(4):
+        throttle.write(logging.ERROR, "no %s", "room")
+    now[0] += logs.QUIET_SECONDS - 0.1
+    throttle.write(logging.ERROR, "no %s", "room")
+    now[0] += 0.1
+    for _ in range(2):
+        throttle.write(logging.ERROR, "still no %s", "room")
+    assert [record.getMessage() for record in caplog.records] == [
+        "no room",
+        "still no room (4 such lines were left out before this one)",
+    ]

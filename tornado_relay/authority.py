@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
-import time
 from typing import NamedTuple
 from urllib.parse import urlencode
 
@@ -18,6 +17,7 @@ from tornado.simple_httpclient import SimpleAsyncHTTPClient
 
 from . import __version__
 from .errors import AuthorityUnavailable
+from .logs import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ CONCURRENT = 10
 """Questions that a worker asks at a time."""
 FRESH_SECONDS = 3.0
 """How long an answer counts."""
-QUIET_SECONDS = 60.0
-"""How often at most it is logged that there is no answer; not for each of a thousand pages."""
 
 REFUSALS = (401, 403)
 
@@ -70,7 +68,7 @@ class Authority:
         # By digests, since what a client sends may be long.
         self._asked: dict[bytes, _Asking] = {}
         self._free = asyncio.Semaphore(CONCURRENT)
-        self._quiet_until = 0.0
+        self._failures_log = Throttle(log)
 
     async def ask(self, question: Question) -> int:
         """
@@ -136,8 +134,6 @@ class Authority:
         raise self._failed(f"answered {status}, where 2xx lets in, and 401 and 403 refuse")
 
     def _failed(self, why: str) -> AuthorityUnavailable:
-        now = time.monotonic()
-        if now >= self._quiet_until:
-            self._quiet_until = now + QUIET_SECONDS
-            log.warning("RELAY_AUTH_URL %s; pages are told to come back", why)
+        text = "RELAY_AUTH_URL %s; pages are told to come back"
+        self._failures_log.write(logging.WARNING, text, why)
         return AuthorityUnavailable(f"RELAY_AUTH_URL {why}")

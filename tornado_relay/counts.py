@@ -71,11 +71,13 @@ REFUSED = Metric(
     "refusals",
     "Requests for streams that were not let in: for good, by origin, token, channel (that the token does not cover), "
     "application (RELAY_AUTH_URL), request (that cannot be); or told to come back, by broker, authority (no answer of "
-    "the application), draining, full (RELAY_MAX_CONNECTIONS), address (RELAY_MAX_CONNECTIONS_PER_IP), descriptors.",
+    "the application), draining, full (RELAY_MAX_CONNECTIONS), address (RELAY_MAX_CONNECTIONS_PER_IP), descriptors, "
+    "channels (the worker has too many), client-channels (one client has too many, or brings them too fast).",
     label="reason",
     values=(
         *("origin", "token", "channel", "application", "request"),
         *("broker", "authority", "draining", "full", "address", "descriptors"),
+        *("channels", "client-channels"),
     ),
 )
 EVENTS = Metric("counter", "events_received", "Events that came from the broker, in each worker that listens to them.")

@@ -7,6 +7,7 @@ RelayError
 │   └── PayloadTooLarge  an event over the broker's limit
 ├── TokenError           a token that lets nobody in
 ├── AuthorityUnavailable  the application does not say who may listen
+├── NoRoom               a stream wants channels that there is no room for
 └── BrokerError          PostgreSQL or Redis
     ├── BrokerUnavailable  cannot be reached now; trying again can help
     └── BrokerRefused      reached, but it will not have us: password, database, permission
@@ -52,6 +53,21 @@ class TokenError(RelayError):
 
 class AuthorityUnavailable(RelayError):
     """The application that knows who may listen did not answer, or neither yes nor no."""
+
+
+class NoRoom(RelayError):
+    """
+    A stream wants channels that there is no room for at the moment.
+
+    Args:
+        reason: As `counts.REFUSED` has it.
+        text: For people.
+
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class BrokerError(RelayError):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 
 from .settings import TRACE
 
 # sd-daemon(3): syslog's numbers, by which `journalctl -p warning` finds a line.
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
+
+QUIET_SECONDS = 60.0
+"""How often a line that repeats is written."""
 
 
 def setup(level: str, form: str, *, journal: bool = False) -> None:
@@ -101,3 +105,30 @@ class Prioritized(logging.Formatter):
         """Return the lines for ``record``."""
         priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
         return "\n".join(f"<{priority}>{line}" for line in self._formatter.format(record).splitlines())
+
+
+class Throttle:
+    """
+    Writes one of the log lines that repeat in `QUIET_SECONDS`, and counts the others.
+
+    Args:
+        log: Where the lines go.
+
+    """
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._quiet_until = 0.0
+        self._omitted = 0
+
+    def write(self, level: int, message: str, *args: object) -> None:
+        """Write the line, with the number of lines left out since the last one; or leave it out."""
+        now = time.monotonic()
+        if now < self._quiet_until:
+            self._omitted += 1
+            return
+        omitted, self._omitted, self._quiet_until = self._omitted, 0, now + QUIET_SECONDS
+        if omitted:
+            message += " (%d such lines were left out before this one)"
+            args = (*args, omitted)
+        self._log.log(level, message, *args)

@@ -16,6 +16,7 @@ from tornado.iostream import IOStream
 
 from .access import UNIX
 from .entry import MAX_HEAD, Entry
+from .logs import Throttle
 from .poller import Poller
 from .waiting import Waiting
 
@@ -29,9 +30,8 @@ AT_ONCE_SECONDS = 0.1
 YIELD_SECONDS = 0.005
 # What it takes then all the same, since the others may be stuck.
 YIELD_BATCH = 4
-# What is tried again, and said again, when there is no room for a connection.
+# What is tried again when there is no room for a connection.
 PAUSE_SECONDS = 0.5
-QUIET_SECONDS = 60.0
 
 
 class Arrival:
@@ -92,7 +92,7 @@ class Server(HTTPServer):
         self._poller = poller
         self._entry = entry
         self._listeners: list[socket.socket] = []
-        self._quiet_until = 0.0
+        self._no_room_log = Throttle(log)
         self._ahead: Callable[[], bool] = lambda: False
 
     def listen_on(self, listeners: list[socket.socket], ahead: Callable[[], bool] = lambda: False) -> None:
@@ -179,10 +179,7 @@ class Server(HTTPServer):
 
     def _no_room(self, error: OSError) -> None:
         """Make room at the cost of those who wait, or else leave new connections in the kernel's backlog for a while."""
-        now = time.monotonic()
-        if now >= self._quiet_until:
-            self._quiet_until = now + QUIET_SECONDS
-            log.error("a connection cannot be accepted: %s", error)
-        if not self._waiting.close_oldest(now - AT_ONCE_SECONDS):
+        self._no_room_log.write(logging.ERROR, "a connection cannot be accepted: %s", error)
+        if not self._waiting.close_oldest(time.monotonic() - AT_ONCE_SECONDS):
             self._pause()
             IOLoop.current().call_later(PAUSE_SECONDS, self._accept_from_now)

@@ -15,7 +15,7 @@ from .access import EVERYBODY, UNIX, Grant, joined
 from .access_log import id_of, new_id
 from .authority import REFUSALS, Question
 from .counts import CLOSED, OPENED, REPLAYS, RESETS, STREAMS
-from .errors import AuthorityUnavailable, BrokerError, ChannelError, TokenError
+from .errors import AuthorityUnavailable, BrokerError, ChannelError, NoRoom, TokenError
 from .limits import network_of
 from .refusal import NotNow, Refusal
 from .relay import RETRY, Relay
@@ -57,7 +57,7 @@ class Visit:
 
     """
 
-    __slots__ = ("_peer", "_relay", "_request", "address", "channels", "labels", "last_event_id")
+    __slots__ = ("_client", "_peer", "_relay", "_request", "address", "channels", "labels", "last_event_id")
 
     def __init__(self, relay: Relay, request: HTTPServerRequest, path_channel: str | None, peer: str) -> None:
         self._relay = relay
@@ -68,6 +68,8 @@ class Visit:
         self.last_event_id = _last_event_id(request)
         self.labels = _query(request, "labels") == "1"
         self.address = relay.proxies.client(peer, request.headers.get_list("X-Forwarded-For"))
+        # What limits count by; whoever comes by the Unix socket has no address.
+        self._client = "" if self.address == UNIX else network_of(self.address)
 
     def grant(self) -> Grant:
         """
@@ -131,12 +133,12 @@ class Visit:
             NotNow: If there is no room for one.
 
         """
-        if full := self._relay.seats.take(_client(self.address)):
+        if full := self._relay.seats.take(self._client):
             raise NotNow(*full)
 
     def leave(self) -> None:
         """End what `take_seat` counted."""
-        self._relay.seats.release(_client(self.address))
+        self._relay.seats.release(self._client)
 
     async def open(self, grant: Grant, take: Callable[[], socket.socket | None]) -> bool:
         """
@@ -157,7 +159,9 @@ class Visit:
             on_close=self._closed,
         )
         try:
-            known = await reader.subscribe(subscriber.audible)
+            known = await reader.subscribe(subscriber.audible, self._client)
+        except NoRoom as exc:
+            raise NotNow(exc.reason, str(exc)) from exc
         except BrokerError as exc:
             raise NotNow("broker", f"{reader.name}: {exc}") from exc
         opened = False
@@ -299,8 +303,3 @@ def _queried(request: HTTPServerRequest, name: str) -> list[str]:
         return [value.decode() for value in request.query_arguments.get(name, [b""])]
     except UnicodeDecodeError as exc:
         raise Refusal(400, "request", "the query's %s is not UTF-8", name) from exc
-
-
-def _client(address: str) -> str:
-    """Return what `Seats` count by address; whoever comes by the Unix socket has none."""
-    return "" if address == UNIX else network_of(address)

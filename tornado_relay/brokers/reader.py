@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ..counts import BROKER_UP, RECONNECTS, Counts
-from ..errors import BrokerError, BrokerRefused, BrokerUnavailable
+from ..errors import BrokerError, BrokerRefused, BrokerUnavailable, NoRoom
+from ..logs import Throttle
 from .backoff import Backoff
 from .subscriptions import Subscriptions
 
@@ -70,6 +71,8 @@ class Reader:
         self._on_up = on_up
         self._on_lost = on_lost
         self._backoff = Backoff()
+        self._no_room_log, self._refusals_log = Throttle(log), Throttle(log)
+        self._subscriptions.on_refused = self._refused
         self._now = asyncio.get_running_loop().time
         # The loop's time at which the connection came up; None before the first.
         self._up_since: float | None = None
@@ -90,20 +93,25 @@ class Reader:
         """Return the channels whose events a stream on ``channels`` hears."""
         return self._listener.audible(channels)
 
-    async def subscribe(self, channels: Iterable[str]) -> bool:
+    async def subscribe(self, channels: Iterable[str], client: str = "") -> bool:
         """
         Return once the broker has confirmed that it will send ``channels``; pair it with `release`.
 
-        The result says whether it had confirmed all of them before.
+        The result says whether it had confirmed all of them before. For ``client`` see `Subscriptions`.
 
         Raises:
             BrokerUnavailable: If there is no connection, or no answer in time. Nothing is held then.
+            NoRoom: If there are too many channels. Nothing is held then.
 
         """
         if self.trouble:
             raise BrokerUnavailable(self.trouble)
         targets = [self._listener.target(channel) for channel in channels]
-        confirmed = self._subscriptions.acquire(targets, self._now())
+        try:
+            confirmed = self._subscriptions.acquire(targets, self._now(), client)
+        except NoRoom as exc:
+            self._no_room_log.write(logging.WARNING, "streams are told to come back: %s", exc)
+            raise
         if confirmed is None:
             return True
         self._listener.flush()
@@ -159,6 +167,10 @@ class Reader:
         self._on_up(self._up_since is not None)
         self._up_since = self._now()
         self._first_done(None)
+
+    def _refused(self, name: str, error: Exception) -> None:
+        text = "%s refused the channel %s: %s"
+        self._refusals_log.write(logging.ERROR, text, self.name, name, error)
 
     def _first_done(self, refused: BrokerRefused | None) -> None:
         if self._on_first:

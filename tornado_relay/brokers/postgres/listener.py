@@ -134,7 +134,8 @@ class PostgresListener:
                     "the database keeps a history of events, but RELAY_HISTORY is 0: no stream resumes, and nobody "
                     "deletes what is old; set RELAY_HISTORY, such as RELAY_HISTORY=1000"
                 )
-            await self._send_all()
+            while await self._send_batch():
+                pass
             on_up()
             early, self._early = self._early, None
             self._large.pass_on(early, self._heard_at)
@@ -194,10 +195,10 @@ class PostgresListener:
             self._work.clear()
             if self._error:
                 raise self._error
-            await self._send_all()
-            while self._queries:
-                await self._answer(*self._queries.popleft())
-                await self._send_all()
+            # By turns, so that neither waits for all of the other.
+            while await self._send_batch() or self._queries:
+                if self._queries:
+                    await self._answer(*self._queries.popleft())
 
     async def _answer(self, statement: str, arguments: Any, future: asyncio.Future[list[tuple[Any, ...]]]) -> None:
         try:
@@ -259,25 +260,25 @@ class PostgresListener:
         except BrokerUnavailable as exc:
             raise BrokerRefused(str(exc)) from exc
 
-    async def _send_all(self) -> None:
-        while True:
-            add, drop = self.subscriptions.take(BATCH)
-            if not add and not drop:
-                return
-            await self._execute("UNLISTEN", drop)
-            try:
-                await self._execute("LISTEN", add)
-            except psycopg2.DataError:
-                # A name that the database's encoding has no form for. It must fail alone.
-                for name in add:
-                    try:
-                        await self._execute("LISTEN", [name])
-                    except psycopg2.DataError as exc:
-                        self.subscriptions.refuse(name, _broker_error(exc))
-                    else:
-                        self.subscriptions.confirm([name])
+    async def _send_batch(self) -> bool:
+        """Drop and add channels, some of those that are due; return whether there were any."""
+        add, drop = self.subscriptions.take(BATCH)
+        await self._execute("UNLISTEN", drop)
+        await self._listen(add)
+        return bool(add or drop)
+
+    async def _listen(self, names: list[str]) -> None:
+        try:
+            await self._execute("LISTEN", names)
+        except psycopg2.DataError as exc:
+            # A name that the database's encoding has no form for must fail alone, so each half is tried.
+            if len(names) == 1:
+                self.subscriptions.refuse(names[0], _broker_error(exc))
             else:
-                self.subscriptions.confirm(add)
+                await self._listen(names[: len(names) // 2])
+                await self._listen(names[len(names) // 2 :])
+        else:
+            self.subscriptions.confirm(names, time.monotonic())
 
     async def _execute(self, command: str, names: list[str]) -> None:
         """Run ``command`` for each of ``names``, all in one round trip."""

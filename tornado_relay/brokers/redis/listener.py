@@ -157,7 +157,7 @@ class RedisListener:
             self._received(replies, arrived)
 
     def _received(self, replies: list[Any], arrived: float) -> None:
-        messages, confirmed = [], []
+        messages, confirmed, refused = [], [], False
         for kind, name, what in replies:
             if kind == b"message":
                 messages.append(message.read(name.decode(errors="replace"), what.decode(errors="replace")))
@@ -166,9 +166,11 @@ class RedisListener:
             elif kind == cluster.GAP:
                 messages.append(Message(name.decode(errors="replace"), None, reason="broker-reconnect"))
             elif kind == REFUSED:
-                log.error("Redis refused SUBSCRIBE %s: %s", name, what)
+                refused = True
                 self.subscriptions.refuse(name, BrokerUnavailable(what))
-        self.subscriptions.confirm(confirmed)
+        self.subscriptions.confirm(confirmed, time.monotonic())
+        if confirmed or refused:
+            self._flush()  # what waited for these answers
         if self._on_up:
             if messages:
                 self._early.append((messages, arrived))
