@@ -183,7 +183,7 @@ def test_ipv4_client_of_an_ipv6_socket(redis_server, tmp_path, pages, listen):
 
 
 class TestWhatCannotBeListenedOn:
-    """Ends the command with status 78, and a line that says what would be right."""
+    """Ends the command with status 2, and a line that says what would be right."""
 
     def test_sockets(self, tmp_path, redis_server, listen):
         """Datagrams, a socket that does not listen, none at all."""
@@ -196,7 +196,7 @@ class TestWhatCannotBeListenedOn:
             idle.bind(("127.0.0.1", 0))
             for wrong in (datagram, idle, file):
                 done = start([listen(), wrong], tmp_path, LISTEN_FDS="2", **redis_server.environment)
-                assert done.returncode == 78
+                assert done.returncode == 2
                 assert "ListenStream= and Accept=no" in done.stderr
                 assert "descriptor 4" in done.stderr
                 assert done.stderr.count("\n") == 1
@@ -214,7 +214,7 @@ class TestWhatCannotBeListenedOn:
     def test_variables(self, tmp_path, redis_server, listen, name, variables):
         """Garbage in what systemd sets."""
         done = start([listen()], tmp_path, **variables, **redis_server.environment)
-        assert done.returncode == 78
+        assert done.returncode == 2
         assert name in done.stderr
         assert done.stderr.count("\n") == 1
 

@@ -113,7 +113,7 @@ def test_folder_that_cannot_be_made(tmp_path):
     """The error says which, and what to do."""
     (tmp_path / "file").write_text("")
     done = run("--embedded", "--embedded-dir", tmp_path / "file/pg", cwd=tmp_path)
-    assert done.returncode == 78
+    assert done.returncode == 2
     assert "--embedded-dir" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -57,14 +57,11 @@ def main(given: list[str] | None = None) -> int:
     def load() -> Settings:
         return settings.load(flags, env_file=env_file)
 
-    command = options.pop("command", None)
     try:
-        return _run(command, options, load, env_file)
+        return _run(options.pop("command", None), options, load, env_file)
     except RelayError as exc:
         print(f"{PROGRAM}: {exc}", file=sys.stderr)
-        if not isinstance(exc, SettingsError):
-            return 1
-        return 2 if command else os.EX_CONFIG  # see docs/operations.md
+        return 2 if isinstance(exc, SettingsError) else 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has gone, as in "| head"
@@ -167,7 +164,7 @@ def _on_trial(load: Callable[[], Settings], inherited: handover.Handover) -> int
         inherited.keep_closed(fresh)
     except SettingsError as exc:
         report(str(exc))
-        return os.EX_CONFIG
+        return 2
     if not worker.rehearse(fresh, report):
         return 1
     inherited.leave_settings(fresh)
