@@ -195,6 +195,27 @@ def test_something_else_in_place_of_the_folder_is_not_used(redis_server, tmp_pat
         until(lambda: relay.states() == BOTH, "both have a socket again")
 
 
+@pytest.mark.parametrize("change", ["opened", "moved"])
+def test_folder_that_is_no_longer_private_is_named(redis_server, tmp_path, change):
+    """The others do not look into it although the sockets are there, so each worker says that it is not shown."""
+    with watched(tmp_path, workers=2, **redis_server.environment) as relay:
+        (folder,) = folders(relay.relay.process.pid)
+        if change == "opened":
+            folder.chmod(0o755)
+        else:
+            folder.rename(tmp_path / "elsewhere")
+            folder.symlink_to(tmp_path / "elsewhere")
+        try:
+            until(lambda: relay.relay.log.count("cannot have its socket in") == 2, "it is said")
+            assert sorted(state for _, state in relay.states()) == ["no answer", "serving"]
+        finally:
+            if change == "opened":
+                folder.chmod(0o700)
+            else:
+                folder.unlink()
+        until(lambda: relay.states() == BOTH, "both are shown again")
+
+
 def test_folder_of_a_killed_relay_is_removed_by_the_next(redis_server, tmp_path):
     """Those of relays that run stay, and so does what only looks like one."""
     (temporary := tmp_path / "tmp").mkdir()
