@@ -142,6 +142,12 @@ def test_root_shows_no_folder_of_its_own_to_others(home, monkeypatch):
     cluster.stop()
 
 
+def test_password_that_is_gone_is_named(tmp_path):
+    """Somebody has cleaned up: a start or a reload says which file is missing."""
+    with pytest.raises(SettingsError, match=r"/password cannot be read: No such file"):
+        _ = Cluster(tmp_path, tmp_path).url
+
+
 def test_missing_extra_is_named(tmp_path, monkeypatch):
     """What to install."""
     import importlib.util

@@ -51,8 +51,20 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """The ``DATABASE_URL`` of the running server."""
-        password, port = self._password_file.read_text().strip(), self._port_file.read_text().strip()
+        """
+        The ``DATABASE_URL`` of the running server.
+
+        Raises:
+            SettingsError: If the files that have its password and its port cannot be read.
+
+        """
+        try:
+            password, port = self._password_file.read_text().strip(), self._port_file.read_text().strip()
+        except OSError as exc:
+            raise SettingsError(
+                f"the embedded PostgreSQL: {exc.filename} cannot be read: {exc.strerror}; "
+                "put the file back, or give another --embedded-dir"
+            ) from exc
         return f"postgresql://{USER}:{password}@127.0.0.1:{port}/{DATABASE}"
 
     @property
