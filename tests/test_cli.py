@@ -211,6 +211,14 @@ def test_listen_database_url_is_what_the_workers_use(postgres_server, tmp_path, 
         pages.until(lambda: page.events, "the event")
 
 
+@pytest.mark.parametrize("left", ["", "5", "[]", "null", "{}", '{"version": 1}'])
+def test_variable_that_is_for_the_relay_itself(tmp_path, left):
+    """Whoever sets it reads in one line that it has to go."""
+    done = run("--redis-url", "redis://127.0.0.1:1", cwd=tmp_path, SSE_RELAY_HANDOVER=left)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "SSE_RELAY_HANDOVER is for the relay's own use; remove it from the environment" in done.stderr
+
+
 def test_descriptor_limit_is_raised_to_the_hard_one(redis_server, tmp_path):
     """A stream is a descriptor, and the usual soft limit is 1,024."""
     with Relay(tmp_path, "--workers", "1", **redis_server.environment) as relay:

@@ -109,6 +109,10 @@ def test_upgrade_by_sighup_loses_no_event_and_refuses_nobody(kept, tmp_path, ins
         ({"limits.py": ("ROWS = 4", "ROWS = 6")}, "cannot take over from the one that runs: restart it"),
         ({"limits.py": ("ROWS = 4", "ROWS = 3")}, "cannot take over from the one that runs: restart it"),
         ({"limits.py": ("CELLS = 65_536", "CELLS = 1_024")}, "cannot take over from the one that runs: restart it"),
+        (
+            {"handover.py": ("    authenticates: bool", "    asks: bool")},
+            "cannot take over from the one that runs: restart it",
+        ),
         ({"__main__.py": ("sys.exit(main())", "sys.exit(1)")}, "ended with status 1"),
         ({"__main__.py": ("sys.exit(main())", "sys.exit(0)")}, "ended with status 0"),
         (

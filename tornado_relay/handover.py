@@ -169,11 +169,14 @@ def received(text: str | None) -> Handover | None:
         return None
     try:
         fields = json.loads(text)
-    except ValueError as exc:
+        version, layout, report = fields["version"], fields["tally"][1], fields["report"]
+    except (ValueError, LookupError, TypeError) as exc:
         raise RelayError(f"{HANDOVER} is for the relay's own use; remove it from the environment") from exc
-    if fields["version"] != VERSION or fields["tally"][1] != limits.LAYOUT:
-        if fields["report"] >= 0:
-            Report(fields["report"])("the installed version cannot take over from the one that runs: restart it")
+    # A later version may have left what this one does not know.
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(Handover)}
+    if version != VERSION or layout != limits.LAYOUT or unknown:
+        if report >= 0:
+            Report(report)("the installed version cannot take over from the one that runs: restart it")
         raise RelayError("the installed version cannot take over from the one that runs")
     fields["workers"] = [heir and Heir(**heir) for heir in fields["workers"]]
     for name in ("tally", "ledger", "admin", "socket_file"):  # JSON has no tuples
