@@ -40,6 +40,7 @@ def test_help_names_the_variable_of_each_flag(tmp_path):
         (["--redis-url", "redis://:pw/@h:x/0"], "REDIS_URL cannot be read"),
         (["--database-url", "postgresql://u:p/w@h:5432/d"], "DATABASE_URL cannot be read"),
         (["--redis-url", "redis://h/0?foo=bar"], "REDIS_URL has an option that cannot be used"),
+        (["--database-url", "postgresql://h/\udcff"], "DATABASE_URL (or RELAY_LISTEN_DATABASE_URL) cannot be read"),
         (["--database-url", "postgresql://h/d?foo=bar"], "DATABASE_URL (or RELAY_LISTEN_DATABASE_URL) cannot be read"),
         (
             ["--database-url", "postgresql://h/d", "--listen-database-url", "redis://h"],

@@ -82,7 +82,7 @@ def shown(url: str) -> str:
 def _options(url: str) -> dict[str, Any]:
     try:
         options = parse_dsn(_SCHEME.sub("postgresql://", url))
-    except psycopg2.Error:
+    except (psycopg2.Error, ValueError):  # ValueError: a NUL, or bytes of the environment that are not UTF-8
         options = {"port": "unreadable"}
     # Where a password holds a "/" or ":", libpq takes a piece of it for the port, and would show it.
     # Of several servers each may leave its port out.
