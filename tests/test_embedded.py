@@ -78,11 +78,12 @@ def test_end_before_it_serves_leaves_no_server(folder, tmp_path):
         pass
 
 
-def test_start_survives_a_port_file_cut_short(folder):
-    """A power cut may leave it empty: the server starts all the same, on a free port."""
+@pytest.mark.parametrize("left", ["", "\0\0\0\0\0"])
+def test_start_survives_a_port_file_cut_short(folder, left):
+    """A power cut may leave it empty, or with zeros: the server starts all the same, on a free port."""
     cluster = Cluster(folder, wheel_binaries(folder))
     cluster.create()
-    (folder / "port").touch()
+    (folder / "port").write_text(left)
     cluster.start()
     try:
         assert cluster.running

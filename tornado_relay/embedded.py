@@ -122,7 +122,7 @@ class Cluster:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             port = self._port_file.read_text().strip() if self._port_file.exists() else ""
-            self._port_file.write_text(str(_free_port(int(port or 0))))
+            self._port_file.write_text(str(_free_port(int(port) if port.isdecimal() else 0)))
             options = {"port": self._port_file.read_text(), **options}
             command = [str(self._binaries / "postgres"), "-D", str(self.data)]
             for name, value in options.items():
