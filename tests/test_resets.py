@@ -156,6 +156,21 @@ def test_resets_of_a_resume_come_before_the_next_position(scenario, pages, reaso
     assert re.findall(rb'"reason":"([^"]*)"', sent) == [reason.encode() for reason in reasons]
 
 
+def test_page_that_was_away_during_a_reconnect_is_told():
+    """Events outside the history may be lost then, also for a stream that comes back only after it."""
+
+    async def told(replay, hub, history):
+        hub.deliver([Message("a", "x", f"{TOKEN}-1", 1), Message("a", "by hand"), Message("a", "x", f"{TOKEN}-2", 2)])
+        replay.lost()
+        replay.back(True)
+        await until(lambda: replay.newest)
+        replay.admit(stream := Stream(), behind=True)
+        await until(lambda: b"data: 4" in stream.sent)
+        return re.findall(rb'"reason":"([^"]*)"|data: (\d)\n', stream.sent)
+
+    assert in_a_worker(told, *PAGES) == [(b"not-kept", b""), (b"", b"3"), (b"", b"4")]
+
+
 def test_slow_reader_is_told_of_a_reconnect():
     """A stream that has not taken its page yet is told as well that events outside the history may be lost."""
 
