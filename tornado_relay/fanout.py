@@ -277,6 +277,11 @@ class Fanout:
             self._counts.sent(TURN - room, batch.times, whole=True)
         self._go_on_later()
 
+    def finish(self) -> None:
+        """Send all that waits, now."""
+        while self._lanes:
+            self._turn()
+
     def _queue(self, lane: Lane) -> None:
         if not lane.queued:
             lane.queued = True
@@ -284,8 +289,7 @@ class Fanout:
 
     def _go_on_later(self) -> None:
         if self._later is None:
-            while self._lanes:
-                self._turn()
+            self.finish()
         elif self._lanes and not self._due:
             self._due = True
             self._later(self._go_on)
