@@ -1,6 +1,7 @@
 """A reset comes before any block that moves the client past the gap: plain units, on a fake history."""
 
 import asyncio
+import itertools
 import re
 
 import pytest
@@ -11,7 +12,8 @@ from tornado_relay.eventsource import Parser
 from tornado_relay.history.page import Page, Row
 from tornado_relay.history.spans import Cursor, Spans
 from tornado_relay.hub import Hub
-from tornado_relay.replay import Replay
+from tornado_relay.replay import STREAMS, Replay
+from tornado_relay.upkeep import Upkeep
 
 TOKEN, NEXT = "aaaaaaaa", "bbbbbbbb"
 PAGES = [
@@ -205,3 +207,29 @@ def test_slow_reader_is_told_of_a_lost_history_once():
         return re.findall(rb'"reason":"([^"]*)"', stream.sent)
 
     assert in_a_worker(told, *PAGES) == [b"history-lost"]
+
+
+def test_streams_of_a_quiet_channel_are_moved_on_in_turns():
+    """However many there are on it, only some are sent to between two reads, and all get the same bytes."""
+
+    async def moved(replay, hub, history):
+        streams = [Stream() for _ in range(3 * STREAMS)]
+        for stream in streams:
+            stream.position = 0
+            hub.add(stream)
+        sent = []
+        read = history.read
+
+        async def counted(*arguments):
+            sent.append(sum(bool(stream.sent) for stream in streams))
+            return await read(*arguments)
+
+        history.read, history.pages = counted, [Page([], None, 0)]
+        upkeep = Upkeep(hub, history, replay, 0.08)
+        task = asyncio.create_task(upkeep.run())
+        await until(lambda: all(stream.sent for stream in streams))
+        task.cancel()
+        assert len({id(stream.sent) for stream in streams}) <= 3
+        return max(later - earlier for earlier, later in itertools.pairwise(sent))
+
+    assert in_a_worker(moved) == STREAMS
