@@ -709,6 +709,21 @@ def test_each_stream_is_timed_once(turns, streams):
     assert hub.counts.own(DELIVERIES) == 2 * (streams + 1)
 
 
+def test_streams_that_have_left_are_not_timed(turns):
+    """Neither are groups that are empty when their turn comes, nor streams that were sent to before their turn."""
+    hub = Hub(later=turns.append)
+    many = [joined(hub, "many") for _ in range(2 * TURN)]
+    users = [joined(hub, f"user-{number}") for number in range(TURN + 10)]
+    hub.deliver([Message("many", "1"), *(Message(f"user-{number}", "2") for number in range(TURN + 10))])
+    for sink in [*many[:20], *users[TURN:]]:
+        hub.remove(sink)
+    hub.flush(many[-1])
+    while turns:
+        turns.run()
+    assert sum(hub.counts.cells(LATENCY)[:-1]) == 2 * TURN - 20 - 1 + TURN
+    assert sum(hub.counts.cells(FANOUT)[:-1]) == 2
+
+
 def test_resets_are_counted_by_reason(history):
     """Each stream that is told of one, however it comes."""
     joined(history, "a")
