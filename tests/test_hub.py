@@ -478,6 +478,37 @@ def test_loss_of_the_broker_sends_what_waits_once(turns):
     assert sum(len(sink.sent) for sink in many) == TURN
 
 
+@pytest.mark.parametrize("channels", ["a", "ab"])
+def test_loss_of_the_broker_copies_no_backlog_for_each_stream(turns, channels):
+    """All streams get the very same object, so that its size counts once in memory and it is packed once."""
+    hub = Hub(history=True, later=turns.append)
+    many = [joined(hub, *channels) for _ in range(3 * TURN)]
+    for number in range(5):
+        hub.deliver([kept(number + 1)])
+    hub.hold_all()
+    assert len({id(sink.sent[0]) for sink in many}) <= 3  # one for each turn
+    assert {texts(sink)[-1] for sink in many} == {"5"}
+
+
+def test_streams_that_were_ahead_settle_in_turns(turns):
+    """All streams are ahead after a start, until the first event; the next one must not send to all of them at once."""
+    hub = Hub(history=True, later=turns.append)
+    many = [Sink("many") for _ in range(4 * TURN)]
+    for sink in many:
+        sink.position = 1
+        hub.join(sink)
+    for number in range(2, 30):
+        before = sum(len(sink.sent) for sink in many)
+        hub.deliver([kept(number, "many")])
+        if turns:
+            turns.run()
+        assert sum(len(sink.sent) for sink in many) - before <= 2 * TURN
+    while turns:
+        turns.run()
+    assert not hub._ahead  # noqa: SLF001
+    assert all(texts(sink) == [str(number) for number in range(2, 30)] for sink in many)
+
+
 def test_streams_on_their_own_channels_and_a_common_one_take_turns_too(turns):
     """An event for all of them gives way to other channels' events as one for a large channel does."""
     hub = Hub(later=turns.append)
@@ -676,6 +707,21 @@ def test_each_stream_is_timed_once(turns, streams):
     assert took < seconds
     assert hub.counts.own(EVENTS) == 3
     assert hub.counts.own(DELIVERIES) == 2 * (streams + 1)
+
+
+def test_streams_that_have_left_are_not_timed(turns):
+    """Neither are groups that are empty when their turn comes, nor streams that were sent to before their turn."""
+    hub = Hub(later=turns.append)
+    many = [joined(hub, "many") for _ in range(2 * TURN)]
+    users = [joined(hub, f"user-{number}") for number in range(TURN + 10)]
+    hub.deliver([Message("many", "1"), *(Message(f"user-{number}", "2") for number in range(TURN + 10))])
+    for sink in [*many[:20], *users[TURN:]]:
+        hub.remove(sink)
+    hub.flush(many[-1])
+    while turns:
+        turns.run()
+    assert sum(hub.counts.cells(LATENCY)[:-1]) == 2 * TURN - 20 - 1 + TURN
+    assert sum(hub.counts.cells(FANOUT)[:-1]) == 2
 
 
 def test_resets_are_counted_by_reason(history):

@@ -1,6 +1,7 @@
 """A reset comes before any block that moves the client past the gap: plain units, on a fake history."""
 
 import asyncio
+import itertools
 import re
 
 import pytest
@@ -11,7 +12,8 @@ from tornado_relay.eventsource import Parser
 from tornado_relay.history.page import Page, Row
 from tornado_relay.history.spans import Cursor, Spans
 from tornado_relay.hub import Hub
-from tornado_relay.replay import Replay
+from tornado_relay.replay import STREAMS, Replay
+from tornado_relay.upkeep import Upkeep
 
 TOKEN, NEXT = "aaaaaaaa", "bbbbbbbb"
 PAGES = [
@@ -156,6 +158,21 @@ def test_resets_of_a_resume_come_before_the_next_position(scenario, pages, reaso
     assert re.findall(rb'"reason":"([^"]*)"', sent) == [reason.encode() for reason in reasons]
 
 
+def test_page_that_was_away_during_a_reconnect_is_told():
+    """Events outside the history may be lost then, also for a stream that comes back only after it."""
+
+    async def told(replay, hub, history):
+        hub.deliver([Message("a", "x", f"{TOKEN}-1", 1), Message("a", "by hand"), Message("a", "x", f"{TOKEN}-2", 2)])
+        replay.lost()
+        replay.back(True)
+        await until(lambda: replay.newest)
+        replay.admit(stream := Stream(), behind=True)
+        await until(lambda: b"data: 4" in stream.sent)
+        return re.findall(rb'"reason":"([^"]*)"|data: (\d)\n', stream.sent)
+
+    assert in_a_worker(told, *PAGES) == [(b"not-kept", b""), (b"", b"3"), (b"", b"4")]
+
+
 def test_slow_reader_is_told_of_a_reconnect():
     """A stream that has not taken its page yet is told as well that events outside the history may be lost."""
 
@@ -190,3 +207,29 @@ def test_slow_reader_is_told_of_a_lost_history_once():
         return re.findall(rb'"reason":"([^"]*)"', stream.sent)
 
     assert in_a_worker(told, *PAGES) == [b"history-lost"]
+
+
+def test_streams_of_a_quiet_channel_are_moved_on_in_turns():
+    """However many there are on it, only some are sent to between two reads, and all get the same bytes."""
+
+    async def moved(replay, hub, history):
+        streams = [Stream() for _ in range(3 * STREAMS)]
+        for stream in streams:
+            stream.position = 0
+            hub.add(stream)
+        sent = []
+        read = history.read
+
+        async def counted(*arguments):
+            sent.append(sum(bool(stream.sent) for stream in streams))
+            return await read(*arguments)
+
+        history.read, history.pages = counted, [Page([], None, 0)]
+        upkeep = Upkeep(hub, history, replay, 0.08)
+        task = asyncio.create_task(upkeep.run())
+        await until(lambda: all(stream.sent for stream in streams))
+        task.cancel()
+        assert len({id(stream.sent) for stream in streams}) <= 3
+        return max(later - earlier for earlier, later in itertools.pairwise(sent))
+
+    assert in_a_worker(moved) == STREAMS

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .counts import Counts
@@ -91,10 +91,10 @@ class Group(dict[Sink, None]):
         else:
             self.waiting, self.times = [(number, frame)], times
 
-    def send(self) -> None:
-        """Send what waits to all streams at once."""
+    def send(self) -> int:
+        """Send what waits to all streams at once, and return to how many it was sent."""
         frames, self.waiting = self.waiting, ()
-        _send(list(self), frames, _joined(frames), {})
+        return _send(list(self), frames, _joined(frames), {})
 
     def turn(self, counts: Counts) -> bool:
         """See `Lane`."""
@@ -131,10 +131,10 @@ class Pass:
     def turn(self, counts: Counts) -> bool:
         """Send to the next streams, and return whether those were the last."""
         streams = self._streams[self._at : self._at + TURN]
-        _send(streams, self.frames, self._data, self._parts)
+        sent = _send(streams, self.frames, self._data, self._parts)
         self._at += len(streams)
         ended = self._at >= len(self._streams)
-        counts.sent(len(streams), self._times, whole=ended)
+        counts.sent(sent, self._times, whole=ended)
         return ended
 
 
@@ -149,9 +149,9 @@ class SmallGroups(deque[Group]):
         while self and sent < TURN:
             group = self.popleft()
             group.queued = False
-            group.send()
-            counts.sent(len(group), group.times, whole=True)
-            sent += len(group)
+            if group:  # the streams of others have left
+                counts.sent(group.send(), group.times, whole=True)
+                sent += len(group)
         return bool(self)
 
 
@@ -277,6 +277,11 @@ class Fanout:
             self._counts.sent(TURN - room, batch.times, whole=True)
         self._go_on_later()
 
+    def finish(self) -> None:
+        """Send all that waits, now."""
+        while self._lanes:
+            self._turn()
+
     def _queue(self, lane: Lane) -> None:
         if not lane.queued:
             lane.queued = True
@@ -284,8 +289,7 @@ class Fanout:
 
     def _go_on_later(self) -> None:
         if self._later is None:
-            while self._lanes:
-                self._turn()
+            self.finish()
         elif self._lanes and not self._due:
             self._due = True
             self._later(self._go_on)
@@ -307,9 +311,14 @@ def _joined(frames: Sequence[Numbered]) -> bytes:
     return b"".join([frame for _, frame in frames])
 
 
-def _send(streams: Iterable[Sink], frames: Sequence[Numbered], data: bytes, parts: dict[int, bytes]) -> None:
-    """Send ``frames``, joined as ``data``, to streams; one that came when some of them waited already gets the others."""
+def _send(streams: Sequence[Sink], frames: Sequence[Numbered], data: bytes, parts: dict[int, bytes]) -> int:
+    """
+    Send ``frames``, joined as ``data``, to those of ``streams`` that need them, and return how many these are.
+
+    A stream that came when some of the frames waited already gets the others.
+    """
     first, last = frames[0][0], frames[-1][0]
+    sent = len(streams)
     for sink in streams:
         if sink.reached < first:
             sink.reached = last
@@ -319,3 +328,6 @@ def _send(streams: Iterable[Sink], frames: Sequence[Numbered], data: bytes, part
             if reached not in parts:
                 parts[reached] = _joined([entry for entry in frames if entry[0] > reached])
             sink.send(parts[reached])
+        else:
+            sent -= 1
+    return sent

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from time import monotonic
 
 from . import events
 from .brokers.message import Message
 from .counts import EVENTS, RESETS, Counts, Ledger
-from .fanout import Batch, Fanout, Group, Sink
+from .fanout import TURN, Batch, Fanout, Group, Sink
 from .unkept import Unkept
 
 BEATS = 240
@@ -112,6 +113,8 @@ class Hub:
 
     def hold_all(self) -> list[Sink]:
         """Hold every stream, each with the position that it has now, and return those that were not held."""
+        # With the others', so that all share what is joined and packed.
+        self._fanout.finish()
         held = self.live()
         for sink in held:
             sink.position = max(sink.position, self.seq)
@@ -303,10 +306,10 @@ class Hub:
         sink.reached = self._number
 
     def _settle(self) -> None:
-        """Put the streams that were ahead among the others, once the broker's messages are as far."""
-        for sink in list(self._ahead):
-            if sink.position <= self.seq:
-                self.add(sink)
+        """Put streams that were ahead among the others, once the broker's messages are as far; a turn of them at a time."""
+        arrived = (sink for sink in self._ahead if sink.position <= self.seq)
+        for sink in list(islice(arrived, TURN)):
+            self.add(sink)
 
     def _group(self, sink: Sink) -> Group | None:
         """Return the group that ``sink`` is in, if it is in one."""

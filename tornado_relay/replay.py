@@ -188,7 +188,10 @@ class Replay:
         self._spans, self._goes_on = None, False
         if again and not self.active:
             self._hub.reset("broker-reconnect")
-        # There may have been more events that no history keeps. Every stream is held now.
+        # There may have been more events that no history keeps. Every stream is held now, and a page that is away, or is
+        # cut before the reset, is told when it comes back.
+        if again:
+            self._hub.unkept.restart()
         for stream in self._hub if self.active else ():
             if missed := tuple(channel for channel in stream.audible if channel in self._hub.unkept):
                 self._hub.tell(stream, "broker-reconnect", missed)

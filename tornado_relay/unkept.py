@@ -48,7 +48,7 @@ class Unkept:
         self._unplaced.clear()
 
     def restart(self) -> None:
-        """Forget all places, because numbers begin anew."""
+        """Forget all places: numbers begin anew, or there may have been more such events."""
         self._places = dict.fromkeys(self._places)
         self._unplaced = dict.fromkeys(self._places)
         self._dropped = None if self._dropped != 0 else 0

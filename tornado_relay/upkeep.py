@@ -8,9 +8,10 @@ import logging
 from . import events
 from .counts import HISTORY_FAILURES
 from .errors import BrokerError
+from .fanout import Sink
 from .history import History
 from .hub import Hub
-from .replay import MAX_PLACES, Replay, places_of
+from .replay import MAX_PLACES, STREAMS, Replay, places_of
 
 log = logging.getLogger(__name__)
 
@@ -68,16 +69,17 @@ class Upkeep:
         mark, self._mark, self._marked_at = self._mark, newest.seq, now
         streams, begun, here = self._hub.live(), self._replay.state(), self._hub.seq
         while streams and here < mark:
-            batch = []
+            batch: list[Sink] = []
             places: dict[tuple[str, int], None] = {}
-            while streams and len(places) < MAX_PLACES:
+            while streams and len(places) < MAX_PLACES and len(batch) < STREAMS:
                 batch.append(streams.pop())
                 places.update(dict.fromkeys(places_of(batch[-1], here)))
             pages, head = await self._history.read(list(places), 1, 1, 1)
             if head is None or begun != self._replay.state() or here != self._hub.seq:
                 return  # what came moves them on
             empty = {place for place, page in zip(places, pages, strict=True) if not page.rows and page.end is None}
+            position = events.position(str(head))
             for stream in batch:
                 if stream in self._hub and empty.issuperset(places_of(stream, here)):
                     stream.position = head.seq
-                    self._hub.send(stream, events.position(str(head)))
+                    self._hub.send(stream, position)
