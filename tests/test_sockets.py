@@ -67,7 +67,7 @@ def test_address_that_is_taken_is_an_error_even_if_another_is_free(monkeypatch):
             bind("a-name", port, 1)
 
 
-@pytest.mark.parametrize("host", ["*", "::"])
+@pytest.mark.parametrize("host", ["*", "::", "::0", "0:0:0:0:0:0:0:0"])
 def test_kernel_without_ipv6_has_ipv4(monkeypatch, names, host):
     """Such as one that was booted with ipv6.disable=1."""
 

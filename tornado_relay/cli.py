@@ -231,7 +231,7 @@ def _size(streams: int, rate: float, reach: int | None, event_bytes: int, cores:
 def _listen(current: Settings, target: str) -> int:
     url, unix_socket = target, ""
     if not target.startswith(("http://", "https://")):
-        host = "127.0.0.1" if current.host in ("0.0.0.0", *sockets.EVERYWHERE) else current.host
+        host = "127.0.0.1" if current.host == "0.0.0.0" or sockets.is_everywhere(current.host) else current.host
         host = f"[{host}]" if ":" in host else host
         url = f"http://{host}:{current.port}/channel={quote(channels.check(target), safe='')}"
         unix_socket = current.unix_socket

@@ -8,6 +8,7 @@ A Unix socket, and what systemd gives, is shared by the workers.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import os
 import re
@@ -28,8 +29,6 @@ from .settings import FIELDS, Settings
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
-EVERYWHERE = ("*", "::")
-"""Hosts that are all addresses of IPv4 and IPv6."""
 # The folder of the admin listener, and the socket of a worker in it: its place and its process id.
 _PREFIX, _SOCKET_NAME = "sse-relay-", re.compile("([0-9]+)-([0-9]+)")
 
@@ -104,6 +103,14 @@ def bind(host: str, port: int, count: int, flags: str = "--host, --port") -> lis
         raise SettingsError(f"cannot listen on {place}:{port} ({flags}): {why}") from exc
 
 
+def is_everywhere(host: str) -> bool:
+    """Return whether ``host`` stands for all addresses of IPv4 and IPv6: ``*``, or ``::`` however it is written."""
+    try:
+        return host == "*" or ipaddress.IPv6Address(host).is_unspecified
+    except ValueError:
+        return False
+
+
 def _usable(host: str, port: int) -> list[tuple[int, Any]]:
     """
     Return the families and addresses of ``host`` that can be bound. Some may be missing in this kernel, such as IPv6.
@@ -113,7 +120,7 @@ def _usable(host: str, port: int) -> list[tuple[int, Any]]:
 
     """
     found = socket.getaddrinfo(
-        None if host in EVERYWHERE else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        None if is_everywhere(host) else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     usable, missing = list[tuple[int, Any]](), list[tuple[Any, OSError]]()
     for family, address in dict.fromkeys((info[0], info[4]) for info in found):

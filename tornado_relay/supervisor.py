@@ -297,8 +297,10 @@ class Supervisor:
             self._steady_since = now
         self._last_turn = now
         for process, slot in self.processes.values():
-            if why := process.overdue(now, self._steady_since):
-                log.error("worker %d (%d) %s, killing it", slot.number, process.pid, why)
+            why = None if process.stuck else process.overdue(now, self._steady_since)
+            if why:
+                name = "the worker on trial" if process is self._trial else f"worker {slot.number}"
+                log.error("%s (%d) %s, killing it", name, process.pid, why)
                 process.stuck = True
                 process.send(signal.SIGKILL)
 

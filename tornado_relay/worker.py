@@ -193,7 +193,7 @@ class Worker:
                 await peers.start()
             except OSError as exc:
                 if self.admin.required:
-                    self.report(f"a worker cannot have its socket in {self.admin.folder}: {exc}")
+                    self.report(f"a worker cannot have its socket in {self.admin.folder} (TMPDIR): {exc}")
                     return CANNOT_START
             working.add(asyncio.create_task(peers.stay()))
             # A page that asks again comes to whichever worker is free then.
