@@ -1,7 +1,7 @@
 """Sending frames to streams, in turns of bounded length. No I/O.
 
-What waits for a stream goes out in one write, however many batches it came in. So a worker that falls behind sends
-larger writes, not more of them.
+All frames that wait for a stream go out in one write, however many batches they came in. So a worker that falls behind
+sends larger writes, not more of them.
 
 Streams on one channel form a `Group`, for which frames wait once. Frames have numbers that rise over all groups, and
 each stream of a group keeps the number that it has *reached*. A stream that joins, leaves, or is sent to before the

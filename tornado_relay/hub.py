@@ -229,7 +229,7 @@ class Hub:
         self._settle()
 
     def _note(self, message: Message, batch: Batch) -> None:
-        """Remember how far the history has come; what it does not keep, held streams are told, who will not get it."""
+        """Remember how far the history has come. Held streams will not get an event outside it, and are told."""
         if message.seq:
             self.seq, self.id = message.seq, message.id
             self.unkept.place(message.seq)

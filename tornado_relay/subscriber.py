@@ -154,7 +154,9 @@ class Subscriber:
         self._close()
 
     def end(self, reason: str, retry: int) -> None:
-        """Close the stream; its page comes back after ``retry`` milliseconds."""
+        """Close the stream, unless it has ended; its page comes back after ``retry`` milliseconds."""
+        if self._socket is None:
+            return
         self.reason = reason
         last = b"retry: %d\n\n" % retry
         if self.packer:
