@@ -724,6 +724,18 @@ def test_streams_that_have_left_are_not_timed(turns):
     assert sum(hub.counts.cells(FANOUT)[:-1]) == 2
 
 
+def test_resets_are_not_timed(turns):
+    """The latency is that of events from the broker."""
+    hub = Hub(later=turns.append)
+    for channels in ["a"] * (2 * TURN) + ["ab", "c"]:
+        joined(hub, *channels)
+    hub.reset("broker-reconnect")
+    while turns:
+        turns.run()
+    assert all(sink.sent for sink in hub)
+    assert not any(hub.counts.cells(LATENCY) + hub.counts.cells(FANOUT))
+
+
 def test_resets_are_counted_by_reason(history):
     """Each stream that is told of one, however it comes."""
     joined(history, "a")

@@ -200,8 +200,10 @@ class Counts:
         cells[_DELIVERIES] += deliveries
         cells[_BYTES] += size
 
-    def sent(self, streams: int, times: tuple[float, float], *, whole: bool) -> None:
-        """Count streams as written to, and, if it was the whole or the rest of them, the pass; see `fanout.Times`."""
+    def sent(self, streams: int, times: tuple[float, float] | None, *, whole: bool) -> None:
+        """Time streams that were written to, and, if it was the whole or the rest of them, the pass; see `fanout.Times`."""
+        if times is None:
+            return
         now, (arrived, began) = monotonic(), times
         self.observe(LATENCY, now - arrived, streams)
         if whole:

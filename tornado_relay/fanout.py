@@ -20,8 +20,11 @@ from .counts import Counts
 TURN = 256
 """Streams that are sent to without a break. More of them would keep the events of all other channels waiting."""
 
-Times = tuple[float, float]
-"""The time at which events came from the broker, and that at which the hub took them, by `time.monotonic`."""
+Times = tuple[float, float] | None
+"""
+The time at which events came from the broker, and that at which the hub took them, by `time.monotonic`; None for what did
+not come from the broker.
+"""
 
 Numbered = tuple[int, bytes]
 """A frame with its number."""
@@ -74,7 +77,7 @@ class Group(dict[Sink, None]):
         super().__init__()
         # The frames that no pass has begun with, and the times of the first of them.
         self.waiting: Sequence[Numbered] = ()
-        self.times: Times = (0.0, 0.0)
+        self.times: Times = None
         self._pass: Pass | None = None
         # Whether a turn will come, as a lane or in the lane of small groups.
         self.queued = False

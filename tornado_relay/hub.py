@@ -202,8 +202,7 @@ class Hub:
 
     def reset(self, reason: str) -> None:
         """Tell every stream that it may have missed events, and on which of its channels."""
-        now = monotonic()
-        batch = Batch((now, now))
+        batch = Batch(None)
         self._number += 1
         for groups in self._shared:
             for channel, group in groups.items():
