@@ -13,6 +13,7 @@ a line break inside ``event`` or ``id`` would start a field of the sender's choi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -190,6 +191,7 @@ def frame(payload: str, kept_as: str = "") -> bytes:
     return encode(event) + position(kept_as)
 
 
+@functools.lru_cache(128)  # most streams of a moment begin at the same position
 def stream_open(event_id: str, *, resumed: bool) -> bytes:
     """Return the event that begins a stream at ``event_id``, which the client sent if ``resumed``."""
     return encode(Event(event=OPEN, id=event_id, data=_to_json({"id": event_id, "resumed": resumed})))

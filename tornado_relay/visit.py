@@ -290,7 +290,8 @@ def _last_event_id(request: HTTPServerRequest) -> str:
         sent = header.encode("latin-1").decode()  # browsers send UTF-8
     except UnicodeError:
         sent = header
-    return sent or next(filter(None, (_query(request, name) for name in LAST_IDS)), "")
+    in_address = (_query(request, name) for name in LAST_IDS if name in request.query_arguments)
+    return sent or next(filter(None, in_address), "")
 
 
 def _query(request: HTTPServerRequest, name: str) -> str:
