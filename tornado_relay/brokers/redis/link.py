@@ -14,7 +14,7 @@ import redis
 BATCH = 1000
 # So many messages are for one turn of the loop: each costs a little for every stream on several channels, before any of
 # them is sent. 1,000 for 9,000 such streams took four seconds.
-MESSAGES = 100
+MESSAGES = 250
 MESSAGES_BYTES = 1 << 19
 # A connection that is quiet for this many seconds is sent a PING, and given as long again to answer.
 QUIET = 5.0
