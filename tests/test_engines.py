@@ -39,9 +39,8 @@ class Listener:
     def __init__(self, tab, client, relay_url, base, channels, *options, alone=False):
         self.evaluate = tab.evaluate
         self.channels = channels
-        if alone:
-            self.evaluate("void Object.defineProperty(navigator, 'locks', { value: undefined })")
-        self.evaluate(f"{httpx.get(f'{relay_url}/relay.js').text}\nvoid 0")
+        script = "Object.defineProperty(navigator, 'locks', { value: undefined });\n" if alone else ""
+        self.evaluate(f"{script}{httpx.get(f'{relay_url}/relay.js').text}\nvoid 0")
         made = [[name, f"{base}/channel={name}", options] for name in channels]
         self.evaluate(LISTEN % (json.dumps(made), client))
 
@@ -81,6 +80,9 @@ def tab(engine):
 
     def tab(url):
         opened.append(engine.tab(url))
+        # A script that comes before the page would be left behind in the empty document before it.
+        loaded = f"document.readyState == 'complete' && location.href.startsWith('{url}')"
+        until(lambda: opened[-1].evaluate(loaded), f"{url} is loaded")
         return opened[-1]
 
     yield tab
